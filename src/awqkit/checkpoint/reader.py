@@ -1,0 +1,253 @@
+"""A model folder, opened: its config, where each tensor lies, and the tensors one by one.
+
+`Checkpoint.open` reads config.json and the safetensors headers, and finds whatever is wrong with them before
+any work starts. `read` copies one tensor from the file into memory of its own: nothing stays mapped, so a
+large shard never counts as resident. Does not know what a tensor means.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awqkit.checkpoint.header import StoredTensor, read_header
+from awqkit.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+
+# What goes along with the weights unchanged; everything else in the folder is left where it is.
+_COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "tekken.json"),
+    *(
+        "*.model",
+        "*.tiktoken",
+        "generation_config.json",
+        "chat_template*",
+        "additional_chat_templates/*.jinja",
+    ),
+    *("*preprocessor_config.json", "*processor_config.json", "*.py"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_WEIGHT_SUFFIXES = (*_PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+_QUANTIZED_KEYS = ("quantization_config", "compression_config")
+_QUANTIZED_FILES = ("quantize_config.json", "quant_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A local model folder with safetensors weights.
+
+    config: config.json as it is. tensors: name on disk -> dtype, shape and place, in the order of the data.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """The model folder `directory`; reads config and headers, no tensor data. Raises CheckpointError."""
+        files = _list_folder(directory)
+        if INDEX_FILE in files and SINGLE_FILE not in files:
+            tensors = _read_sharded(directory)
+        else:
+            tensors = read_header(directory / _single_file(directory, files))
+        return cls(directory, _read_config(directory), {tensor.spec.name: tensor for tensor in tensors})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, file by file in the order of the data."""
+        return tuple(self.tensors)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.spec.num_bytes for tensor in self.tensors.values())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of tensor `name`. Raises CheckpointError for an unknown name."""
+        return self._stored(name).spec.dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`. Raises CheckpointError for an unknown name."""
+        return self._stored(name).spec.shape
+
+    def read(self, name: str) -> Tensor:
+        """Tensor `name` on the CPU, in its stored dtype, in memory of its own. Raises CheckpointError."""
+        stored = self._stored(name)
+        # A plain read, no memory map: a mapped shard would count as resident while it is open.
+        buffer = torch.empty(stored.spec.num_bytes, dtype=torch.uint8)
+        try:
+            with stored.file.open("rb", buffering=0) as stream:
+                stream.seek(stored.offset)
+                _fill(memoryview(buffer.numpy()), stream, stored)
+        except OSError as error:
+            raise CheckpointError(f"{stored.file}: cannot be read ({error.strerror or error})") from error
+        return buffer.view(stored.spec.dtype).reshape(stored.spec.shape)
+
+    def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Several tensors by name, see `read`."""
+        return {name: self.read(name) for name in names}
+
+    def other_files(self) -> tuple[str, ...]:
+        """Names, relative to `directory`, of what belongs to the model beside weights and config.json.
+
+        Tokenizer, generation and processor configs, chat templates, remote code, license; never pickles.
+        """
+        found = [path for path in [*self.directory.iterdir(), *self.directory.glob("*/*")] if path.is_file()]
+        names = sorted(path.relative_to(self.directory).as_posix() for path in found)
+        return tuple(name for name in names if _is_companion(name))
+
+    def _stored(self, name: str) -> StoredTensor:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.directory}: has no tensor {name!r} among its {len(self.tensors)}"
+            ) from None
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError when the checkpoint is quantized already: more rounding would only harm."""
+    places = {"": checkpoint.config}
+    places |= {f"{key}.": value for key, value in checkpoint.config.items() if isinstance(value, Mapping)}
+    for prefix, config in places.items():
+        for key in _QUANTIZED_KEYS:
+            if config.get(key):
+                settings = config[key]
+                method = (
+                    settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
+                )
+                raise _quantized(checkpoint.directory / CONFIG_FILE, f"has {prefix}{key} (method {method!r})")
+    for name in _QUANTIZED_FILES:
+        if (checkpoint.directory / name).is_file():
+            raise _quantized(checkpoint.directory, f"holds {name}")
+
+
+def _quantized(where: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: {found}: the model is quantized already; give the original bf16, fp16 or fp32 one"
+    )
+
+
+def _list_folder(directory: Path) -> frozenset[str]:
+    if not directory.exists():
+        raise CheckpointError(
+            f"{directory}: no such directory; expected a folder with config.json and *.safetensors"
+        )
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: is a file; give the folder that holds config.json and *.safetensors"
+        )
+    try:
+        files = frozenset(path.name for path in directory.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error.strerror or error})") from error
+    if not files:
+        raise CheckpointError(f"{directory}: is empty; expected config.json and *.safetensors")
+    return files
+
+
+def _single_file(directory: Path, files: Iterable[str]) -> str:
+    if SINGLE_FILE in files:
+        return SINGLE_FILE
+    found = sorted(name for name in files if name.endswith(".safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"{directory}: holds {len(found)} safetensors files ({found[0]} ...) but no {INDEX_FILE} "
+            "that says which tensor is where; fetch the index too"
+        )
+    pickles = sorted(name for name in files if name.endswith(_PICKLE_SUFFIXES))
+    if pickles:
+        raise CheckpointError(
+            f"{directory}: holds pickled weights only ({pickles[0]}), which can run code when opened; "
+            "convert them to safetensors first (transformers: from_pretrained, then save_pretrained)"
+        )
+    raise CheckpointError(
+        f"{directory}: holds no *.safetensors file; expected {SINGLE_FILE} or {INDEX_FILE} with its shards"
+    )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{directory}: holds no {CONFIG_FILE}; copy it from where the weights come from"
+        )
+    config = _read_json_object(file)
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise CheckpointError(
+            f'{file}: has no "architectures", so the model class is not known; '
+            'add it, for example "architectures": ["LlamaForCausalLM"]'
+        )
+    return config
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not JSON ({error}); fetch or copy this file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _read_sharded(directory: Path) -> Sequence[StoredTensor]:
+    file = directory / INDEX_FILE
+    weight_map = _read_json_object(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f'{file}: has no "weight_map" from tensor names to shards; fetch this file again'
+        )
+    tensors: list[StoredTensor] = []
+    for shard in sorted({str(shard) for shard in weight_map.values()}):
+        # An index comes from somebody else: a shard is a plain name, never a way out of the folder.
+        if Path(shard).name != shard or not (directory / shard).is_file():
+            raise CheckpointError(
+                f"{file}: names the shard {shard!r}, which is not in the folder; fetch it too"
+            )
+        wanted = {name for name, home in weight_map.items() if home == shard}
+        stored = [tensor for tensor in read_header(directory / shard) if tensor.spec.name in wanted]
+        missing = wanted - {tensor.spec.name for tensor in stored}
+        if missing:
+            raise CheckpointError(
+                f"{directory / shard}: lacks tensor {min(missing)!r} that {INDEX_FILE} places in it; "
+                "index and shards are not of one model, fetch both again"
+            )
+        tensors += stored
+    return tensors
+
+
+def _fill(target: memoryview, stream: Any, stored: StoredTensor) -> None:
+    done = 0
+    while done < len(target):  # one read call returns at most 2 GiB
+        count = stream.readinto(target[done:])
+        if not count:
+            raise CheckpointError(
+                f"{stored.file}: ends inside tensor {stored.spec.name!r} ({done} of {len(target)} bytes): "
+                "the file changed since it was opened"
+            )
+        done += count
+
+
+def _is_companion(name: str) -> bool:
+    if name.endswith(_WEIGHT_SUFFIXES) or name == CONFIG_FILE:
+        return False
+    patterns = [pattern for pattern in _COMPANIONS if ("/" in pattern) == ("/" in name)]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

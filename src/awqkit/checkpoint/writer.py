@@ -1,0 +1,269 @@
+"""A checkpoint written tensor by tensor into a temporary sibling of OUT, and renamed to OUT when whole.
+
+The layout is known before the work starts: headers are written first, then each tensor goes to its place in
+any order, so the peak memory is one tensor. Until `commit` nothing stands at OUT, and leaving early leaves
+nothing.
+
+    with CheckpointWriter(out, plan_layout(specs), overwrite=False) as writer:
+        writer.write(name, tensor)      # once for each spec
+        writer.write_json("config.json", config)
+        writer.commit()
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awqkit.checkpoint.header import TensorSpec, encode_header
+from awqkit.checkpoint.output import DISK_FULL, disk_errors, refuse_existing, refuse_full_disk, refuse_parent
+from awqkit.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from awqkit.errors import OutputError
+
+MAX_SHARD_BYTES = 5_000_000_000  # the hub's and transformers' custom
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file: its header, the tensors in the order of their data, and the byte where each begins."""
+
+    file_name: str
+    header: bytes
+    specs: tuple[TensorSpec, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file."""
+        return len(self.header) + sum(spec.num_bytes for spec in self.specs)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which tensor goes to which place of which shard."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(spec.num_bytes for shard in self.shards for spec in shard.specs)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.file_bytes for shard in self.shards)
+
+    def index(self) -> dict[str, Any]:
+        """What model.safetensors.index.json says."""
+        weight_map = {spec.name: shard.file_name for shard in self.shards for spec in shard.specs}
+        return {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def plan_layout(specs: Sequence[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> Layout:
+    """The files that hold `specs`, filled in the order given; a tensor larger than a shard has one to itself.
+
+    Equal specs give equal bytes. Raises ValueError for a name that is given twice.
+    """
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names):
+        raise ValueError(
+            f"tensor names given twice: {sorted({name for name in names if names.count(name) > 1})}"
+        )
+    groups: list[list[TensorSpec]] = [[]]
+    filled_bytes = 0
+    for spec in specs:
+        if groups[-1] and filled_bytes + spec.num_bytes > max_shard_bytes:
+            groups.append([])
+            filled_bytes = 0
+        groups[-1].append(spec)
+        filled_bytes += spec.num_bytes
+    if len(groups) == 1:
+        return Layout((_plan_shard(SINGLE_FILE, groups[0]),))
+    count = len(groups)
+    return Layout(
+        tuple(
+            _plan_shard(f"model-{i:05d}-of-{count:05d}.safetensors", group)
+            for i, group in enumerate(groups, 1)
+        )
+    )
+
+
+def _plan_shard(file_name: str, specs: Sequence[TensorSpec]) -> Shard:
+    # Wide dtypes first (a stable sort): readers view the mapped file as the dtype, which needs aligned
+    # offsets, and the format allows no padding between tensors.
+    ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    header, offsets = encode_header(ordered)
+    return Shard(file_name, header, tuple(ordered), offsets)
+
+
+class CheckpointWriter:
+    """The one way to write a checkpoint; a context manager, see the module's docstring.
+
+    Entering checks OUT, its parent and the free space, then creates the temporary folder with all shards at
+    full size. Every problem with the place or the disk is an OutputError; misuse by our own code is a
+    ValueError.
+    """
+
+    def __init__(self, out: Path, layout: Layout, overwrite: bool) -> None:
+        self._out = Path(os.path.realpath(out))  # where OUT is a link, what it points to is replaced
+        self._layout = layout
+        self._overwrite = overwrite
+        self._places = {
+            spec.name: (spec, shard.file_name, offset)
+            for shard in layout.shards
+            for spec, offset in zip(shard.specs, shard.offsets, strict=True)
+        }
+        self._pending = set(self._places)
+        self._folder: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The temporary folder. Raises ValueError outside the `with` block and after `commit`."""
+        if self._folder is None:
+            raise ValueError("the checkpoint writer is not open")
+        return self._folder
+
+    def __enter__(self) -> CheckpointWriter:
+        refuse_existing(self._out, self._overwrite)
+        refuse_parent(self._out)
+        refuse_full_disk(self._out.parent, self._layout.file_bytes)
+        try:
+            self._folder = _make_sibling(self._out, "awqkit")
+            for shard in self._layout.shards:
+                with disk_errors(self._out):
+                    _preallocate(self._folder / shard.file_name, shard)
+            if len(self._layout.shards) > 1:
+                self.write_json(INDEX_FILE, self._layout.index())
+        except BaseException:
+            self._remove_folder()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove_folder()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Puts `tensor` at its place. Raises ValueError unless it is planned as it is, and new."""
+        if name not in self._pending:
+            raise ValueError(
+                f"tensor {name!r} is " + ("written twice" if name in self._places else "not in the layout")
+            )
+        spec, file_name, offset = self._places[name]
+        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+            raise ValueError(
+                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"the layout has {spec.dtype} {spec.shape}"
+            )
+        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        with disk_errors(self._out), (self.folder / file_name).open("r+b") as stream:
+            stream.seek(offset)
+            stream.write(memoryview(data))
+        self._pending.remove(name)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes `text` as file `name`, UTF-8 with plain newlines."""
+        with disk_errors(self._out):
+            (self.folder / name).write_bytes(text.encode("utf-8"))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes `value` as JSON file `name`, keys in the order given."""
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def copy_file(self, source: Path, name: str) -> None:
+        """Copies the content of file `source` to `name`, relative to OUT; links are followed."""
+        with disk_errors(self._out):
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+    def commit(self) -> None:
+        """Makes the checkpoint durable, renames it to OUT. Raises ValueError when a tensor is missing."""
+        if self._pending:
+            raise ValueError(
+                f"{len(self._pending)} planned tensors were not written, {min(self._pending)!r} for one"
+            )
+        refuse_existing(self._out, self._overwrite)
+        with disk_errors(self._out):
+            _sync_tree(self.folder)
+            _replace(self.folder, self._out)
+        self._folder = None
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def _make_sibling(out: Path, tag: str) -> Path:
+    """A new hidden folder beside OUT, with the process in its name; a number follows where that is taken."""
+    with disk_errors(out):
+        for attempt in range(1000):
+            folder = out.with_name(f".{out.name}.{tag}-{os.getpid()}" + (f"-{attempt}" if attempt else ""))
+            try:
+                folder.mkdir()
+            except FileExistsError:  # left by a killed run, or in use by a run in another container
+                continue
+            return folder
+    raise OutputError(f"{out}: too many folders named .{out.name}.{tag}-*; remove those of killed runs")
+
+
+def _preallocate(file: Path, shard: Shard) -> None:
+    with file.open("wb") as stream:
+        stream.write(shard.header)
+        stream.flush()
+        try:
+            os.posix_fallocate(stream.fileno(), 0, shard.file_bytes)  # a full disk shows now, not hours later
+        except AttributeError:  # macOS and Windows have no such call
+            pass
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+        stream.truncate(shard.file_bytes)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there, nor needs it
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Renames `folder` to OUT; what stood there is moved aside, and removed once the new one stands."""
+    old = None
+    if out.is_dir():
+        old = _make_sibling(out, "awqkit-old")
+        old.rmdir()  # only its free name was wanted
+        out.replace(old)
+    try:
+        folder.replace(out)
+    except BaseException:
+        if old is not None:
+            old.replace(out)
+        raise
+    _sync_folder(out.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,135 @@
+"""What was decided, per fold, linear and block: JSON-able values without tensors.
+
+No choice is silent. A kept linear, a refused fold and every fallback is one of these, with its reason.
+Errors named `*_error` of a linear are relative: output error ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖², weight error ‖W−Ŵ‖² / ‖W‖².
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class AlphaSummary:
+    """The channel-scale search of one fold in a few numbers.
+
+    num_units: search units. num_identity: units that stayed at s = 1. families: units won by each family.
+    alpha_min, alpha_median, alpha_max: over the units that were scaled, None where none was.
+    scale_min, scale_max: the extremes of the final s.
+    """
+
+    num_units: int
+    num_identity: int
+    families: dict[str, int]
+    alpha_min: float | None
+    alpha_median: float | None
+    alpha_max: float | None
+    scale_min: float
+    scale_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class FoldDecision:
+    """One place where a channel scale could be absorbed, and what became of it.
+
+    proof_error: largest relative change of the block's output under random powers of two.
+    error_nearest, error_chosen: row-weighted errors of all consumers, relative to the first; None without a search.
+    fallback: why s = 1 was restored, or why the fold was not used at all; None where s is in use.
+    """
+
+    producer: str
+    kind: str
+    consumers: tuple[str, ...]
+    num_channels: int
+    proof_error: float | None
+    alpha: AlphaSummary | None = None
+    error_nearest: float | None = None
+    error_chosen: float | None = None
+    fallback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinearDecision:
+    """One quantized linear: errors of plain rounding at s = 1 and of what was chosen.
+
+    clip_mean: mean share of the groups' range that was kept, 1 without clip.
+    fallback: why a choice was undone for this linear, or None.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    output_error_nearest: float | None
+    output_error: float | None
+    weight_error_nearest: float
+    weight_error: float
+    clip_mean: float = 1.0
+    fallback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptDecision:
+    """One linear that stays in full precision, and why."""
+
+    name: str
+    shape: tuple[int, int]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDecision:
+    """One block: its folds and linears, and the check on held-out rows.
+
+    held_out_error_nearest, held_out_error: ‖Y−Ŷ‖² / ‖Y−X‖² of the block's output (X its input) on rows that the
+    search did not see, for plain rounding and for what was chosen; None without calibration.
+    fallback: why the whole block went back to plain rounding, or None.
+    """
+
+    index: int
+    path: str
+    folds: tuple[FoldDecision, ...]
+    linears: tuple[LinearDecision, ...]
+    kept: tuple[KeptDecision, ...]
+    held_out_error_nearest: float | None = None
+    held_out_error: float | None = None
+    fallback: str | None = None
+
+    @property
+    def num_fallbacks(self) -> int:
+        """How many choices of this block were undone or refused."""
+        parts = [self.fallback, *(fold.fallback for fold in self.folds), *(linear.fallback for linear in self.linears)]
+        return sum(reason is not None for reason in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSummary:
+    """Which text was read and how much of it was used; nothing is dropped in silence."""
+
+    source: str
+    documents_found: int
+    documents_used: int
+    tokens_found: int
+    rows: int
+    held_out_rows: int
+    tokens_per_row: int
+    start_tokens: tuple[int, ...]
+    tokens_used: int
+
+    @property
+    def tokens_left(self) -> int:
+        """Text tokens that no row took."""
+        return self.tokens_found - self.tokens_used
+
+
+def as_json(decision: Any) -> Any:
+    """A Decision, or a container of them, as JSON-able dicts, lists and numbers."""
+    if dataclasses.is_dataclass(decision) and not isinstance(decision, type):
+        return {field.name: as_json(getattr(decision, field.name)) for field in dataclasses.fields(decision)}
+    if isinstance(decision, dict):
+        return {key: as_json(value) for key, value in decision.items()}
+    if isinstance(decision, list | tuple):
+        return [as_json(value) for value in decision]
+    return decision

@@ -1,0 +1,52 @@
+"""Every error that awqkit raises on purpose.
+
+    AwqkitError
+    ├── UsageError          wrong use: an option, a value, a pair of options (exit code 2)
+    ├── InputError          something given cannot be used as it is (exit code 1)
+    │   ├── CheckpointError     a model folder: missing, truncated, pickle only, already quantized ...
+    │   ├── CalibrationError    calibration or evaluation text: empty, binary, too short ...
+    │   └── ModelError          a model whose blocks or inputs cannot be found or run
+    ├── OutputError         OUT exists, lies inside MODEL, cannot be written, disk full
+    └── FormatError         a choice that the on-disk format cannot hold
+
+A message says what was found, where, what was expected and what to do next, in one line.
+Anything else that reaches a user is a bug.
+"""
+
+
+class AwqkitError(Exception):
+    """Base of all errors that are meant for the user; `str(error)` is one line."""
+
+    exit_code = 1
+
+
+class UsageError(AwqkitError):
+    """The command or call asks for something that does not exist or does not go together."""
+
+    exit_code = 2
+
+
+class InputError(AwqkitError):
+    """Something that was given cannot be used as it is."""
+
+
+class CheckpointError(InputError):
+    """A model folder that cannot be read or should not be quantized."""
+
+
+class CalibrationError(InputError):
+    """Calibration or evaluation text that cannot be used."""
+
+
+class ModelError(InputError):
+    """A model that cannot be taken apart or run block by block."""
+
+
+class OutputError(AwqkitError):
+    """The place to write to is taken, forbidden or full."""
+
+
+class FormatError(AwqkitError):
+    """The chosen format cannot hold what was asked for."""
+
+    exit_code = 2

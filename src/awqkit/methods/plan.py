@@ -1,0 +1,30 @@
+"""LinearPlan: the Recipe resolved for one linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPlan:
+    """What is to be done with one linear; `keep` is the reason for leaving it in full precision, or None.
+
+    The grid fields are those of `numerics.grid.Grid`; clip and rounding are keys of `methods.slots`.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    stored_dtype: torch.dtype
+    clip: str
+    rounding: str
+    keep: str | None = None
+
+    @property
+    def grid_choices(self) -> dict[str, object]:
+        """The keyword arguments that every grid function takes."""
+        return {"bits": self.bits, "symmetric": self.symmetric, "stored_dtype": self.stored_dtype}

@@ -1,0 +1,275 @@
+"""Finding folds by asking the block, and proving them. No architecture, module or parameter name decides anything.
+
+Discovery: multiply a producer's channels by distinct random factors and look at every linear's input. Where channel
+j of an input grew by exactly the factor of producer channel c, `channel_of[j] = c`; undo it there and look again, until
+nothing new appears. Repeating matters: an uncompensated reader changes everything behind it.
+
+Proof: the same with random powers of two, written into the real parameters. An exact fold then leaves the block's
+output unchanged to the last bits, because a power of two commutes with every rounding on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from awqkit.model.observe import LinearWatch, matrix_parameters
+from awqkit.model.structure import BlockStructure, Fold, LinearInput, LinearView, Refusal
+
+RunBlock = Callable[[], Tensor]
+
+FACTOR_TOLERANCE = 2e-5  # how far a measured ratio may be from a factor; factors of 14,336 channels lie 7e-5 apart
+CONSTANT_TOLERANCE = 1e-4  # how much a channel's ratio may vary over the tokens
+PROOF_TOLERANCE = 1e-5  # largest change of the output under powers of two, relative to the block's own contribution
+_ROUGH_TOLERANCE = 1e-3  # the same under random factors, before the proof
+_MAX_PASSES = 8
+
+
+@dataclass(slots=True)
+class _Look:
+    """One run of the block: every linear's inputs in order of the calls, and the block's output."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    repeated: set[str] = field(default_factory=set)
+    output: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Producer:
+    kind: str
+    parameters: tuple[str, ...]
+    offset: str | None
+    linear: LinearView | None
+    num_channels: int
+
+
+def discover(block: nn.Module, run: RunBlock, hidden: Tensor) -> BlockStructure:
+    """The structure of a block with real weights. `run()` runs it on `hidden` `[1, tokens, width]` (float32).
+
+    Parameters are changed on the way and restored exactly.
+    """
+    weights = matrix_parameters(block)
+    plain = _look(block, run, weights)
+    views = _linear_views(block, weights, plain)
+    inputs = _linear_inputs(plain, views)
+    folds, refusals = [], []
+    for producer in _producers(block, views):
+        found = _consumers(block, run, weights, views, plain, producer)
+        if not found:
+            continue
+        channel_of, look = found
+        fold = Fold(
+            producer.kind,
+            producer.parameters,
+            producer.offset,
+            producer.linear.name if producer.linear else None,
+            producer.num_channels,
+            tuple(channel_of),
+            channel_of,
+        )
+        change = _relative_change(look.output, plain.output, hidden)
+        if change > _ROUGH_TOLERANCE:
+            reason = f"something besides the linears it was found in reads it (output changes by {change:.1e})"
+            refusals.append(Refusal(fold.label, fold.consumers, reason))
+        elif any(fold.label == other.label for other in folds):
+            continue
+        else:
+            folds.append(fold)
+    called = {view.weight for view in views}
+    return BlockStructure(
+        tuple(views), inputs, tuple(folds), tuple(refusals), tuple(name for name in weights if name not in called)
+    )
+
+
+def prove(block: nn.Module, run: RunBlock, hidden: Tensor, structure: BlockStructure, fold: Fold, seed: int = 0) -> float:
+    """The largest change of the block's output, relative to its contribution, under random powers of two.
+
+    The fold is exact where this is at most PROOF_TOLERANCE. Parameters are restored exactly.
+    """
+    plain = run()
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.exp2(torch.randint(-2, 3, (fold.num_channels,), generator=generator).float()).to(hidden.device)
+    mapped = torch.zeros(fold.num_channels, dtype=torch.bool, device=hidden.device)
+    for channel_of in fold.channel_of.values():
+        mapped[channel_of[channel_of >= 0]] = True
+    factor = torch.where(mapped, factor, torch.ones_like(factor))
+    parameters = dict(block.named_parameters())
+    touched = [*fold.producer, *(structure.linear(name).weight for name in fold.consumers)]
+    saved = {name: parameters[name].data for name in touched}
+    try:
+        for name in fold.producer:
+            parameters[name].data = _divided(saved[name], 1.0 / factor, name == fold.offset)
+        for consumer in fold.consumers:
+            weight, channel_of = structure.linear(consumer).weight, fold.channel_of[consumer]
+            undo = torch.where(channel_of >= 0, 1.0 / factor[channel_of.clamp(min=0)], torch.ones((), device=hidden.device))
+            parameters[weight].data = parameters[weight].data * undo
+        changed = run()
+    finally:
+        for name, value in saved.items():
+            parameters[name].data = value
+    return _relative_change(changed, plain, hidden)
+
+
+def _divided(value: Tensor, scale: Tensor, offset: bool) -> Tensor:
+    """A producer's parameter with its first dimension divided by `scale`; `offset` for the w of a norm by 1 + w."""
+    scale = scale.reshape(-1, *(1,) * (value.dim() - 1))
+    return (1.0 + value) / scale - 1.0 if offset else value / scale
+
+
+def _look(
+    block: nn.Module,
+    run: RunBlock,
+    weights: Mapping[str, Tensor],
+    gain: tuple[str, Tensor] | None = None,
+    undo: Mapping[str, Tensor] | None = None,
+) -> _Look:
+    """Run the block once. `gain` multiplies a linear's outputs, `undo` the inputs of linears, by weight name."""
+    look = _Look()
+
+    def before(name: str, inputs: Tensor) -> Tensor | None:
+        if name in look.inputs:
+            look.repeated.add(name)
+        else:
+            look.order.append(name)
+        look.inputs[name] = inputs  # kept alive, so that no later tensor can be mistaken for it by its address
+        return inputs * undo[name] if undo and name in undo else None
+
+    def after(name: str, outputs: Tensor) -> Tensor | None:
+        return outputs * gain[1] if gain is not None and name == gain[0] else None
+
+    with torch.no_grad(), LinearWatch(weights, before, after):
+        look.output = run()
+    return look
+
+
+def _linear_views(block: nn.Module, weights: Mapping[str, Tensor], plain: _Look) -> list[LinearView]:
+    views = []
+    for name in plain.order:
+        if name in plain.repeated:
+            continue  # called more than once: one input does not describe it
+        path, _, _ = name.rpartition(".")
+        owner = block.get_submodule(path)
+        vectors = [leaf for leaf, value in owner.named_parameters(recurse=False) if value.dim() == 1]
+        bias = f"{path}.{vectors[0]}" if len(vectors) == 1 else None
+        views.append(LinearView(path or name, name, bias, tuple(weights[name].shape)))
+    return views
+
+
+def _linear_inputs(plain: _Look, views: Sequence[LinearView]) -> tuple[LinearInput, ...]:
+    readers: dict[tuple, list[str]] = {}
+    for view in views:
+        tensor = plain.inputs[view.weight]
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        readers.setdefault(key, []).append(view.name)
+    return tuple(LinearInput(names[0], tuple(names), key[1][-1]) for key, names in readers.items())
+
+
+def _producers(block: nn.Module, views: Sequence[LinearView]) -> Iterator[_Producer]:
+    """Everything whose channels might be scaled: vectors of modules without a matrix, and rows of linears."""
+    linear_owners = {view.name for view in views}
+    for path, module in block.named_modules():
+        vectors = {leaf: value for leaf, value in module.named_parameters(recurse=False) if value.dim() == 1}
+        if not vectors or path in linear_owners or len({value.shape[0] for value in vectors.values()}) != 1:
+            continue
+        names = tuple(f"{path}.{leaf}" if path else leaf for leaf in vectors)
+        size = next(iter(vectors.values())).shape[0]
+        yield _Producer("norm", names, None, None, size)
+        for name in names:
+            yield _Producer("offset norm", names, name, None, size)
+    for view in views:
+        parameters = (view.weight,) if view.bias is None else (view.weight, view.bias)
+        yield _Producer("rows", parameters, None, view, view.shape[0])
+
+
+def _consumers(
+    block: nn.Module,
+    run: RunBlock,
+    weights: Mapping[str, Tensor],
+    views: Sequence[LinearView],
+    plain: _Look,
+    producer: _Producer,
+) -> tuple[dict[str, Tensor], _Look] | None:
+    """Linears whose input carries the producer's factors, with `channel_of`, and the run with all of them undone."""
+    factor = _distinct_factors(producer.num_channels, plain.output.device)
+    channel_of: dict[str, Tensor] = {}
+    undo: dict[str, Tensor] = {}
+    gain = (producer.linear.weight, factor) if producer.linear else None
+    with _scaled_vectors(block, producer, factor):
+        for _ in range(_MAX_PASSES):
+            look = _look(block, run, weights, gain, undo)
+            new = {}
+            for view in views:
+                if view.name in channel_of or view is producer.linear:
+                    continue
+                mapping = _read_factors(plain.inputs[view.weight], look.inputs[view.weight], factor)
+                if mapping is not None:
+                    new[view.name] = mapping
+                    measured = torch.where(mapping >= 0, factor[mapping.clamp(min=0)], torch.ones_like(factor[:1]))
+                    undo[view.weight] = 1.0 / measured
+            if not new:
+                break
+            channel_of |= new
+    return (channel_of, look) if channel_of else None
+
+
+class _scaled_vectors:
+    """Inside, a norm's vectors are multiplied by the factors; rows of a linear are scaled at the call instead."""
+
+    def __init__(self, block: nn.Module, producer: _Producer, factor: Tensor) -> None:
+        self._parameters = dict(block.named_parameters())
+        self._producer, self._factor = producer, factor
+        self._saved: dict[str, Tensor] = {}
+
+    def __enter__(self) -> None:
+        if self._producer.linear is None:
+            for name in self._producer.parameters:
+                self._saved[name] = self._parameters[name].data
+                scaled = _divided(self._saved[name], 1.0 / self._factor, name == self._producer.offset)
+                self._parameters[name].data = scaled
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._saved.items():
+            self._parameters[name].data = value
+
+
+def _distinct_factors(num_channels: int, device: torch.device) -> Tensor:
+    """Factors in [0.5, 0.9] and [1.2, 2.2], all different and none near 1, in a fixed random order."""
+    half = num_channels // 2 + 1
+    low = torch.logspace(-1.0, -0.152, half, base=2.0)
+    high = torch.logspace(0.263, 1.138, half, base=2.0)
+    order = torch.randperm(num_channels, generator=torch.Generator().manual_seed(num_channels))
+    return torch.cat([low, high])[:num_channels][order].to(device)
+
+
+def _read_factors(plain: Tensor, scaled: Tensor, factor: Tensor) -> Tensor | None:
+    """`channel_of` `[in]` where every channel of `scaled` is `plain` times 1 or times one factor, else None.
+
+    −1 stands for a channel that did not change, or that is zero throughout.
+    """
+    plain, scaled = plain.reshape(-1, plain.shape[-1]), scaled.reshape(-1, scaled.shape[-1])
+    energy = plain.square().sum(dim=0)
+    alive = energy > 0
+    ratio = torch.where(alive, (plain * scaled).sum(dim=0) / energy.clamp(min=1e-30), torch.ones_like(energy))
+    residual = (scaled - plain * ratio).square().sum(dim=0)
+    if bool((residual > CONSTANT_TOLERANCE**2 * energy * ratio.square().clamp(min=1e-6)).any()):
+        return None
+    ordered, order = factor.sort()
+    right = torch.searchsorted(ordered, ratio).clamp(max=ordered.numel() - 1)
+    left = (right - 1).clamp(min=0)
+    nearer = torch.where((ordered[left] - ratio).abs() < (ordered[right] - ratio).abs(), left, right)
+    matched = (ordered[nearer] - ratio).abs() <= FACTOR_TOLERANCE * ratio.abs()
+    unchanged = (ratio - 1.0).abs() <= FACTOR_TOLERANCE
+    if not bool((matched | unchanged).all()) or not bool(matched.any()):
+        return None
+    return torch.where(matched & ~unchanged, order[nearer], torch.full_like(order[nearer], -1))
+
+
+def _relative_change(changed: Tensor | None, plain: Tensor | None, hidden: Tensor) -> float:
+    assert changed is not None and plain is not None
+    contribution = (plain - hidden).abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    change = float((changed - plain).abs().max() / contribution)
+    return change if change == change else float("inf")

@@ -1,0 +1,58 @@
+"""Watching a block compute: which linear reads which input, what goes in and what comes out.
+
+A linear call is recognised at function level, by the storage of its weight, so it does not matter which module
+class made it. Nothing is added to anybody's module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+BeforeLinear = Callable[[str, Tensor], "Tensor | None"]
+AfterLinear = Callable[[str, Tensor], "Tensor | None"]
+
+
+class LinearWatch(TorchFunctionMode):
+    """While active, `before(name, inputs)` and `after(name, outputs)` are called around every watched linear.
+
+    weights: parameter name -> the tensor to recognise. Either callback may return a tensor that takes the place of
+    the inputs (outputs), or None to leave them.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], before: BeforeLinear | None = None, after: AfterLinear | None = None
+    ) -> None:
+        super().__init__()
+        self._names = {_key(weight): name for name, weight in weights.items()}
+        self._before, self._after = before, after
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not F.linear:
+            return function(*args, **kwargs)
+        inputs, weight, *rest = (*args, *(kwargs[key] for key in ("input", "weight", "bias") if key in kwargs))
+        name = self._names.get(_key(weight))
+        if name is None:
+            return function(*args, **kwargs)
+        if self._before is not None:
+            replaced = self._before(name, inputs)
+            inputs = inputs if replaced is None else replaced
+        outputs = function(inputs, weight, *rest)
+        if self._after is not None:
+            replaced = self._after(name, outputs)
+            outputs = outputs if replaced is None else replaced
+        return outputs
+
+
+def _key(weight: Tensor) -> tuple[int, tuple[int, ...]]:
+    return weight.data_ptr(), tuple(weight.shape)
+
+
+def matrix_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Every two-dimensional parameter below `module`, by its name there: what may turn out to be a linear's weight."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.dim() == 2}

@@ -1,0 +1,254 @@
+"""A decoder without its weights: where its blocks are, and what each block is called with.
+
+Blocks are found by structure (the list of submodules that holds most of the parameters) and by asking the model:
+its own forward runs with recorders in the blocks' places, which yields the first block's input and every block's
+arguments. One block at a time has weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from awqkit.errors import ModelError
+from awqkit.model.transformers_bridge import empty_model
+
+
+class WeightSource(Protocol):
+    """What the model layer needs of a checkpoint; the checkpoint reader fits it without being imported."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Tensor names on disk."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU in its stored dtype."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """The arguments of one block besides the hidden states, as the model itself passes them."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def to(self, device: torch.device) -> BlockCall:
+        """The same arguments with every tensor on `device`."""
+        return BlockCall(_moved(self.args, device), _moved(self.kwargs, device))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInputs:
+    """What a batch of rows turns into before the first block: `hidden` `[rows, tokens, width]`, one call per block."""
+
+    hidden: Tensor
+    calls: tuple[BlockCall, ...]
+
+
+class Skeleton:
+    """A causal language model whose parameters are on the meta device until a part is asked for."""
+
+    def __init__(self, config: Any, source: WeightSource, *, trust_remote_code: bool = False) -> None:
+        self._model = empty_model(config, trust_remote_code=trust_remote_code)
+        self._source = source
+        self._on_disk = names_on_disk(self._model, source.names)
+        self._list_path = _find_block_list(self._model)
+        self._blocks = self._model.get_submodule(self._list_path)
+        self._decoder = getattr(self._model, "base_model", self._model)
+
+    @property
+    def num_blocks(self) -> int:
+        """How many decoder blocks there are."""
+        return len(self._blocks)
+
+    def block_path(self, index: int) -> str:
+        """The module path of a block, for example `model.layers.3`."""
+        return f"{self._list_path}.{index}"
+
+    def block_kind(self, index: int) -> tuple[Any, ...]:
+        """A key that two blocks share when they have the same class and the same parameters by name and shape."""
+        block = self._blocks[index]
+        return (type(block), *((name, tuple(value.shape)) for name, value in block.named_parameters()))
+
+    def disk_name(self, module_name: str) -> str | None:
+        """The name on disk of a parameter or buffer of the model, or None where the checkpoint has no such tensor."""
+        return self._on_disk.get(module_name)
+
+    def missing(self) -> list[str]:
+        """Parameters of the model that the checkpoint does not have, tied ones left out."""
+        have = {id(self._parameter(name)) for name in self._on_disk if not _is_buffer(self._model, name)}
+        named = self._model.named_parameters(remove_duplicate=False)
+        return [name for name, value in named if id(value) not in have and name not in self._on_disk]
+
+    def load_block(self, index: int, device: torch.device) -> nn.Module:
+        """The block with its weights in float32 on `device`. Call `release_block` when done."""
+        block = self._blocks[index]
+        self._materialize(block, self.block_path(index), device)
+        return block
+
+    def release_block(self, index: int) -> None:
+        """Give the block's weights back."""
+        _to_meta(self._blocks[index])
+
+    def start(self, batches: Iterable[tuple[Tensor, Tensor | None]], device: torch.device) -> Iterable[BlockInputs]:
+        """For each batch of (token ids `[rows, tokens]`, mask or None) what the first block gets, in float32.
+
+        Weights outside the blocks exist while this generator runs. Raises ModelError where the model cannot be run
+        or does not visit its blocks once and in order.
+        """
+        outside = [(path, module) for path, module in self._decoder.named_modules() if not self._inside_block(module)]
+        prefix = _prefix_of(self._model, self._decoder)
+        try:
+            for path, module in outside:
+                self._materialize(module, f"{prefix}{path}".strip("."), device, recurse=False)
+            for ids, mask in batches:
+                yield self._record(ids.to(device), None if mask is None else mask.to(device))
+        finally:
+            for _, module in outside:
+                _to_meta(module, recurse=False)
+
+    def _inside_block(self, module: nn.Module) -> bool:
+        return any(module is part for block in self._blocks for part in block.modules())
+
+    def _record(self, ids: Tensor, mask: Tensor | None) -> BlockInputs:
+        hidden: list[Tensor] = []
+        calls: list[BlockCall] = []
+        originals = list(self._blocks)
+
+        def record(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if index != len(calls):
+                    raise ModelError(f"block {index} of {self._list_path} was called out of order: cannot stream it")
+                inputs, rest, kwargs = _split_hidden(args, kwargs)
+                if index == 0:
+                    hidden.append(inputs)
+                calls.append(BlockCall(rest, kwargs))
+                return inputs
+
+            return forward
+
+        for index, block in enumerate(originals):
+            self._blocks[index] = _Recorder(block, record(index))
+        keywords = {} if mask is None else {"attention_mask": mask.to(torch.int64)}
+        try:
+            with torch.no_grad():
+                self._decoder(input_ids=ids, use_cache=False, **keywords)
+        except (NotImplementedError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            if len(calls) != len(originals):
+                raise ModelError(f"the model's forward could not be followed through its blocks: {error}") from error
+        finally:
+            for index, block in enumerate(originals):
+                self._blocks[index] = block
+        if len(calls) != len(originals):
+            raise ModelError(f"the model visited {len(calls)} of its {len(originals)} blocks in {self._list_path}")
+        return BlockInputs(hidden[0].detach(), tuple(calls))
+
+    def _parameter(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        return getattr(self._model.get_submodule(path), leaf)
+
+    def _materialize(self, module: nn.Module, path: str, device: torch.device, *, recurse: bool = True) -> None:
+        named = list(module.named_parameters(recurse=recurse)) + list(module.named_buffers(recurse=recurse))
+        for name, value in named:
+            disk = self._on_disk.get(f"{path}.{name}" if path else name)
+            if disk is None and value.device.type == "meta":
+                raise ModelError(f"the checkpoint has no tensor for {path}.{name}, which the model needs")
+            owner_path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(owner_path)
+            if disk is None:
+                owner._buffers[leaf] = value.to(device)
+                continue
+            stored = self._source.read(disk)
+            filled = stored.to(device, torch.float32) if stored.is_floating_point() else stored.to(device)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(filled, requires_grad=False)
+            else:
+                owner._buffers[leaf] = filled
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """The block's output hidden states, `[rows, tokens, width]`."""
+    outputs = block(hidden, *call.args, **call.kwargs)
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def names_on_disk(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
+    """Model tensor name -> disk name: equal, or apart by the base model's prefix (a checkpoint of the bare decoder)."""
+    available = set(disk_names)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    named += [name for name, _ in model.named_buffers()]
+    found = {}
+    for name in named:
+        for disk in (name, name.removeprefix(prefix), prefix + name):
+            if disk in available:
+                found[name] = disk
+                break
+    return found
+
+
+class _Recorder(nn.Module):
+    """Stands in a block's place; other attributes (an attention type, say) are those of the block."""
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "forward", forward)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_block"), name)
+
+
+def _split_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _find_block_list(model: nn.Module) -> str:
+    """The path of the outermost module list with the most parameters. Raises ModelError where there is none."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    outermost = {
+        path: sum(value.numel() for value in module.parameters())
+        for path, module in lists.items()
+        if not any(path.startswith(f"{other}.") for other in lists)
+    }
+    if not outermost or max(outermost.values()) == 0:
+        raise ModelError(f"no list of decoder blocks found in {type(model).__name__}: cannot quantize it block by block")
+    return max(outermost, key=lambda path: outermost[path])
+
+
+def _prefix_of(model: nn.Module, part: nn.Module) -> str:
+    for path, module in model.named_modules():
+        if module is part:
+            return f"{path}." if path else ""
+    return ""
+
+
+def _is_buffer(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf in model.get_submodule(path)._buffers
+
+
+def _to_meta(module: nn.Module, *, recurse: bool = True) -> None:
+    for owner in module.modules() if recurse else (module,):
+        for leaf, value in owner._parameters.items():
+            if value is not None:
+                owner._parameters[leaf] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value

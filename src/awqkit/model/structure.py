@@ -1,0 +1,82 @@
+"""What a block turned out to be: its linears, who reads which input, and where a channel scale can be absorbed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LinearView:
+    """One `[out, in]` weight of a block, by its path inside the block.
+
+    name: module path in the block (`self_attn.q_proj`). weight: name of its weight parameter. bias: of its bias or None.
+    """
+
+    name: str
+    weight: str
+    bias: str | None
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearInput:
+    """One tensor that the listed linears read. `first` is the reader that is called first, where it is observed."""
+
+    first: str
+    readers: tuple[str, ...]
+    num_channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One place where s can be absorbed exactly: producer channel ÷ s, consumers' columns × s.
+
+    kind: "norm" (a vector that multiplies), "offset norm" (a vector w that multiplies as 1 + w), "rows" (the output
+    rows of a linear). producer: names of the parameters that are divided. offset: which of them is the w of 1 + w.
+    producer_linear: the linear of kind "rows". consumers: linears by name. channel_of: consumer -> `[in]` int64, the
+    producer channel of each input channel, −1 where s must stay 1.
+    """
+
+    kind: str
+    producer: tuple[str, ...]
+    offset: str | None
+    producer_linear: str | None
+    num_channels: int
+    consumers: tuple[str, ...]
+    channel_of: Mapping[str, Tensor]
+
+    @property
+    def label(self) -> str:
+        """The producer in a word or two, for people."""
+        return self.producer_linear or self.producer[0].removesuffix(".weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A producer whose consumers were found but that is not used, and why."""
+
+    label: str
+    consumers: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStructure:
+    """Everything that discovery found in one kind of block."""
+
+    linears: tuple[LinearView, ...]
+    inputs: tuple[LinearInput, ...]
+    folds: tuple[Fold, ...]
+    refusals: tuple[Refusal, ...]
+    unwatched: tuple[str, ...]
+
+    def linear(self, name: str) -> LinearView:
+        """The linear of that name."""
+        return next(view for view in self.linears if view.name == name)
+
+    def input_of(self, name: str) -> LinearInput:
+        """The input that the linear of that name reads."""
+        return next(entry for entry in self.inputs if name in entry.readers)

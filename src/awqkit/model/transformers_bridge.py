@@ -1,0 +1,155 @@
+"""The only door to transformers: configs, empty and full models, tokenizers. It knows no architecture."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from awqkit.errors import CheckpointError, ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """A tokenizer, reduced to what is needed here.
+
+    encode: text to ids without special tokens. start_tokens: the ids that the tokenizer itself puts before a text.
+    render_chat: a list of chat messages to text by the tokenizer's chat template, or None where it has none.
+    """
+
+    encode: Callable[[str], list[int]]
+    start_tokens: tuple[int, ...]
+    render_chat: Callable[[list[dict[str, Any]]], str] | None
+
+
+def load_text_encoder(directory: Path, *, trust_remote_code: bool = False) -> TextEncoder:
+    """The checkpoint's tokenizer. Raises CheckpointError where there is none that transformers can load."""
+    from transformers import AutoTokenizer
+
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise CheckpointError(
+            f"{directory}: no tokenizer (tokenizer.json, tokenizer_config.json or tokenizer.model); "
+            "copy the tokenizer files of the original model into it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds; all mean the same to the user
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def render_chat(messages: list[dict[str, Any]]) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    return TextEncoder(encode, _start_tokens(tokenizer), render_chat if has_template else None)
+
+
+def _start_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before a text, found by comparing an encoding with and without special tokens."""
+    text = "The quick brown fox"
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    full = tokenizer(text)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return tuple(full[:start])
+    return ()
+
+
+def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model folder.
+
+    Raises CheckpointError where the folder brings its own modelling code and that was not allowed, or where
+    transformers does not know the architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        text = _first_line(error)
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{directory}: this model runs code of its own (auto_map in config.json); "
+                "read that code, then pass --trust-remote-code"
+            ) from error
+        raise CheckpointError(f"{directory}: transformers cannot read config.json ({text})") from error
+
+
+def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model of `config` in eval mode, parameters on the meta device, buffers computed for real."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                "this model runs code of its own (auto_map in config.json); read it, then pass --trust-remote-code"
+            ) from error
+        if "scaled_dot_product_attention" not in str(error):
+            raise ModelError(f"not a causal language model that transformers can build ({_first_line(error)})") from error
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
+            )
+    return model.eval()
+
+
+def full_model(directory: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> nn.Module:
+    """The whole model of a full-precision folder in `dtype` on `device`, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no notes from transformers inside; the CLI draws its own."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside are on meta at once; buffers (rotary frequencies, masks) are computed as usual.
+
+    torch's own `device("meta")` would leave the non-persistent buffers, which no checkpoint holds, without values.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

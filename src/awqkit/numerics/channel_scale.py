@@ -1,0 +1,201 @@
+"""Channel scales: s per input channel, chosen so that rounding W·s and computing with x/s hurts less.
+
+    Y = X Wᵀ = (X S⁻¹)(S Wᵀ)          S = diag(s); s is `channel_scale`
+
+S⁻¹ is absorbed by whoever produces x (a fold), so nothing is computed at run time (AWQ, Lin 2023, section 3.2).
+Two families of s over α on 21 points of [0, 1]:
+
+    importance    a_j^(α/2)                        a_j is the importance of channel j: E[x_j²], or (E|x_j|)² as in AWQ
+    duo           a_j^(α/2) / rms(W_:j)^(1−α)      divides by the column's own size, as AutoAWQ's duo scaling does, with
+                                                   raw column norms instead of its group-normalised means
+
+each normalised by √(max · min) over its search unit. The identity is always among the candidates.
+A search unit is the smallest set of whole groups that is closed under sharing a producer channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awqkit.numerics.grid import choose_scale_and_zero, group_range, merge_groups, nearest_on_grid_, split_groups
+from awqkit.numerics.output_error import diagonal_blocks, group_row_errors, row_errors
+from awqkit.numerics.tiles import row_tiles
+
+ALPHAS = tuple(step / 20 for step in range(21))
+_SMALLEST_SHARE = 1e-9  # of the largest importance: keeps a dead channel's s finite
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One s to try: `[in]` float32, its family ("identity", "importance", "duo") and α."""
+
+    family: str
+    alpha: float
+    channel_scale: Tensor
+
+
+def search_units(channel_of: Tensor, num_producer_channels: int, group_size: int) -> Tensor:
+    """The unit of every group, `[groups]` int64 numbered from 0.
+
+    channel_of: `[in]` int64, the producer channel of each input channel, −1 where s must stay 1. Groups that read
+    one producer channel must agree on its s, so they form one unit (v → o under grouped-query attention).
+    """
+    groups = torch.arange(channel_of.shape[0], device=channel_of.device) // group_size
+    tied = channel_of >= 0
+    label = torch.arange(channel_of.shape[0] // group_size, device=channel_of.device)
+    while True:
+        by_channel = torch.full((num_producer_channels,), label.shape[0], device=channel_of.device)
+        by_channel.scatter_reduce_(0, channel_of[tied], label[groups[tied]], "amin")
+        lower = label.scatter_reduce(0, groups[tied], by_channel[channel_of[tied]], "amin")
+        if torch.equal(lower, label):
+            return torch.unique(label, return_inverse=True)[1]
+        label = lower
+
+
+def tied_mean(values: Tensor, channel_of: Tensor, num_producer_channels: int) -> Tensor:
+    """`values` `[in]` averaged over the input channels that share a producer channel, back on `[in]`; −1 gives 1."""
+    tied = channel_of >= 0
+    total = torch.zeros(num_producer_channels, device=values.device).index_add_(0, channel_of[tied], values[tied])
+    count = torch.zeros_like(total).index_add_(0, channel_of[tied], torch.ones_like(values[tied]))
+    mean = total / count.clamp(min=1.0)
+    return torch.where(tied, mean[channel_of.clamp(min=0)], torch.ones_like(values))
+
+
+def candidates(
+    importance: Tensor, column_rms: Tensor, channel_of: Tensor, unit_of_channel: Tensor, families: Sequence[str]
+) -> list[Candidate]:
+    """Every s to try, the identity first, each constant over channels that share a producer channel.
+
+    importance, column_rms: `[in]` float32 ≥ 0, already tied; unit_of_channel: `[in]` int64.
+    """
+    free = channel_of >= 0
+    found = [Candidate("identity", 0.0, torch.ones_like(importance))]
+    energy = importance.clamp(min=float(importance.max()) * _SMALLEST_SHARE).clamp(min=torch.finfo(torch.float32).tiny)
+    column = column_rms.clamp(min=float(column_rms.max()) * _SMALLEST_SHARE).clamp(min=torch.finfo(torch.float32).tiny)
+    for family in families:
+        for alpha in ALPHAS:
+            if family == "importance" and alpha == 0.0:
+                continue  # the identity again
+            scale = energy.log() * (alpha / 2)
+            if family == "duo":
+                scale = scale - column.log() * (1 - alpha)
+            scale = _centered(scale, unit_of_channel, free).exp()
+            found.append(Candidate(family, alpha, torch.where(free, scale, torch.ones_like(scale))))
+    return found
+
+
+def _centered(log_scale: Tensor, unit_of_channel: Tensor, free: Tensor) -> Tensor:
+    """log s minus the middle of its extremes in each unit: s normalised by √(max · min)."""
+    units = int(unit_of_channel.max()) + 1
+    extremes = []
+    for reduce, fill in (("amax", -torch.inf), ("amin", torch.inf)):
+        start = torch.full((units,), fill, device=log_scale.device)
+        extremes.append(start.scatter_reduce_(0, unit_of_channel[free], log_scale[free], reduce))
+    middle = (extremes[0] + extremes[1]) / 2
+    return log_scale - torch.where(middle.isfinite(), middle, torch.zeros_like(middle))[unit_of_channel]
+
+
+def rounding_errors(
+    weight: Tensor,
+    moment: Tensor,
+    row_weight: Tensor,
+    tried: Sequence[Candidate],
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    stored_dtype: torch.dtype,
+    full_moment: bool,
+) -> Tensor:
+    """The error of nearest rounding under every candidate, `[candidates, groups]`, or `[candidates, 1]` on the full H.
+
+    weight: float32 `[out, in]`, all consumers of the input stacked; moment: H `[in, in]`; row_weight: `[out]` ≥ 0.
+    """
+    grouped = split_groups(weight, group_size)
+    groups = grouped.shape[0]
+    blocks = diagonal_blocks(moment, group_size)
+    errors = torch.zeros(len(tried), 1 if full_moment else groups, device=weight.device)
+    for tile in row_tiles(grouped.shape, grouped.device):
+        weights = grouped[:, tile].contiguous()
+        scaled, scratch = torch.empty_like(weights), torch.empty_like(weights)
+        for index, candidate in enumerate(tried):
+            scale = candidate.channel_scale.reshape(groups, 1, group_size)
+            torch.mul(weights, scale, out=scaled)
+            low, high = group_range(scaled)
+            grid = choose_scale_and_zero(low, high, bits=bits, symmetric=symmetric, stored_dtype=stored_dtype)
+            error = nearest_on_grid_(scratch.copy_(scaled), *grid, bits).sub_(scaled).div_(scale)
+            if full_moment:
+                errors[index, 0] += (row_errors(merge_groups(error), moment) * row_weight[tile]).sum()
+            else:
+                errors[index] += group_row_errors(error, blocks) @ row_weight[tile]
+    return errors
+
+
+def best_per_unit(errors: Tensor, unit_of_group: Tensor) -> Tensor:
+    """The index of the best candidate of every unit, `[units]`; the earlier one wins a tie, so the identity does.
+
+    errors: `[candidates, groups]`, unit_of_group: `[groups]` int64.
+    """
+    units = int(unit_of_group.max()) + 1
+    summed = torch.zeros(errors.shape[0], units, device=errors.device).index_add_(1, unit_of_group, errors)
+    return summed.argmin(dim=0)
+
+
+def exact_under_storage(gain: Tensor, channel_scale: Tensor, stored_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The producer's stored value near gain/s, and the s that it really has: s := gain / stored.
+
+    gain: float32 `[channels]`, γ of a norm (or a bias of a linear that is rounded later), exact in `stored_dtype`.
+    Returns (stored, s), float32. γ/s rounded is not γ/s, and the consumers must get the s that the file can hold.
+    s is 1 where the gain or the stored value is 0, changes sign or leaves the dtype's normal range.
+    """
+    stored = (gain / channel_scale).to(stored_dtype).to(torch.float32)
+    limits = torch.finfo(stored_dtype)
+    held = (stored.abs() >= limits.tiny) & (stored.abs() <= limits.max) & (gain != 0) & (stored.sign() == gain.sign())
+    stored = torch.where(held, stored, gain)
+    return stored, torch.where(held, gain / torch.where(held, stored, torch.ones_like(stored)), torch.ones_like(gain))
+
+
+def exact_offset_under_storage(offset: Tensor, channel_scale: Tensor, stored_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `exact_under_storage` for a norm that multiplies by 1 + w: stored w' near (1 + w)/s − 1, s := (1 + w)/(1 + w')."""
+    gain = 1.0 + offset
+    stored = (gain / channel_scale - 1.0).to(stored_dtype).to(torch.float32)
+    new_gain = 1.0 + stored
+    held = (gain != 0) & (new_gain != 0) & (new_gain.sign() == gain.sign()) & new_gain.isfinite()
+    stored = torch.where(held, stored, offset)
+    return stored, torch.where(held, gain / torch.where(held, new_gain, torch.ones_like(gain)), torch.ones_like(gain))
+
+
+def nearest_power_of_two(channel_scale: Tensor) -> Tensor:
+    """s rounded to a power of two in the exponent: exact under any float storage that has the range."""
+    return torch.exp2(torch.log2(channel_scale).round())
+
+
+def nearly_exact_pair_under_storage(
+    gain: Tensor, companion: Tensor, channel_scale: Tensor, stored_dtype: torch.dtype, reach: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `exact_under_storage` for a gain with a bias beside it (LayerNorm): (stored gain, stored bias, s).
+
+    One s cannot make both quotients exact. The gain's is; among the `reach` neighbours of its stored value on both
+    sides the one is taken whose s leaves the bias nearest to a value of `stored_dtype`, which costs s at most 3 %
+    and leaves of the bias's rounding error about a ninth.
+    """
+    base, _ = exact_under_storage(gain, channel_scale, stored_dtype)
+    bits = base.to(stored_dtype).view(torch.int16).to(torch.int32)
+    best: tuple[Tensor, ...] | None = None
+    for step in sorted(range(-reach, reach + 1), key=abs):
+        near = (bits + step).to(torch.int16).view(stored_dtype).to(torch.float32)
+        stored, scale = exact_under_storage(gain, gain / torch.where(near == 0, base, near), stored_dtype)
+        quotient = companion / scale
+        held = quotient.to(stored_dtype).to(torch.float32)
+        miss = torch.where(companion == 0, torch.zeros_like(held), (held - quotient).abs() / quotient.abs())
+        if best is None:
+            best = (miss, stored, held, scale)
+        else:
+            better = miss < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip((miss, stored, held, scale), best, strict=True))
+    assert best is not None
+    return best[1], best[2], best[3]

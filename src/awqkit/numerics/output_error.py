@@ -1,0 +1,38 @@
+"""The one objective: how far the output of a linear moves when its weight changes by E = Ŵ − W.
+
+    Σ_i r_i (E H Eᵀ)_ii      H = E[x xᵀ], r_i the weight of output row i (1 where rows count alike)
+
+With r = 1 it is the mean over tokens of ‖E x‖². Every search of this package minimises it, on the full H or on H's
+diagonal blocks of one group each, which drops the correlations between groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def diagonal_blocks(moment: Tensor, group_size: int) -> Tensor:
+    """The blocks of H on its diagonal, `[in, in]` to `[groups, group_size, group_size]`, contiguous."""
+    groups = moment.shape[0] // group_size
+    tiles = moment.reshape(groups, group_size, groups, group_size)
+    return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def row_errors(error: Tensor, moment: Tensor) -> Tensor:
+    """(E H Eᵀ)_ii for every row, `[out]`; error `[out, in]`, moment H `[in, in]`, both float32."""
+    return ((error @ moment) * error).sum(dim=-1).clamp_(min=0.0)
+
+
+def group_row_errors(grouped_error: Tensor, moment_blocks: Tensor) -> Tensor:
+    """e_g H_gg e_gᵀ for every group and row, `[groups, out]`.
+
+    grouped_error: `[groups, out, group_size]`, moment_blocks: `[groups, group_size, group_size]`.
+    """
+    return torch.bmm(grouped_error, moment_blocks).mul_(grouped_error).sum(dim=-1)
+
+
+def weighted_error(error: Tensor, moment: Tensor, row_weight: Tensor | None = None) -> float:
+    """Σ_i r_i (E H Eᵀ)_ii as a number; row_weight r `[out]` or None for all ones."""
+    rows = row_errors(error, moment)
+    return float(rows.sum() if row_weight is None else (rows * row_weight).sum())

@@ -1,0 +1,19 @@
+"""How a run is carried out. Nothing here changes the bytes that are written: that is the Recipe's part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Device and manners of one run.
+
+    device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:N".
+    overwrite: replace OUT if it exists.
+    trust_remote_code: run modelling code that the checkpoint brings along.
+    """
+
+    device: str = "auto"
+    overwrite: bool = False
+    trust_remote_code: bool = False

@@ -1,0 +1,73 @@
+"""Hidden states of the calibration rows between two blocks, and the arguments that go with each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awqkit.model.skeleton import BlockCall, Skeleton
+
+_TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
+_DEVICE_SHARE = 0.3  # of the free device memory that hidden states may take before they live on the host
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Token ids `[rows, tokens]` int64 and, where rows were padded, a bool mask of the same shape (True = real)."""
+
+    ids: Tensor
+    mask: Tensor | None = None
+
+    def rows(self, part: slice) -> TokenRows:
+        """The rows of a slice."""
+        return TokenRows(self.ids[part], None if self.mask is None else self.mask[part])
+
+
+class HiddenStates:
+    """What the next block reads: `[rows, tokens, width]` float32, visited batch by batch and overwritten in place."""
+
+    def __init__(self, skeleton: Skeleton, rows: TokenRows, device: torch.device) -> None:
+        self._device, self._mask = device, rows.mask
+        self._batches = list(_batches(rows.ids.shape, device))
+        self._calls: dict[object, tuple[BlockCall, ...]] = {}
+        self._states: Tensor | None = None
+        for part, started in zip(self._batches, skeleton.start(self._split(rows), device), strict=True):
+            if self._states is None:
+                self._states = _place(rows.ids.shape, started.hidden.shape[-1], device)
+            self._states[part] = started.hidden.to(self._states.device)
+            self._calls.setdefault(self._key(part), started.calls)
+
+    def _split(self, rows: TokenRows) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for part in self._batches:
+            batch = rows.rows(part)
+            yield batch.ids, batch.mask
+
+    def _key(self, part: slice) -> object:
+        """Rows without padding get the same arguments whenever there are equally many of them."""
+        return part.start if self._mask is not None else part.stop - part.start
+
+    def batches(self, block: int) -> Iterable[tuple[slice, Tensor, BlockCall, Tensor | None]]:
+        """Row slice, hidden states on the device, the block's arguments and the mask, batch by batch."""
+        for part in self._batches:
+            mask = None if self._mask is None else self._mask[part].to(self._device)
+            yield part, self._states[part].to(self._device), self._calls[self._key(part)][block], mask
+
+    def write(self, part: slice, hidden: Tensor) -> None:
+        """Put the block's output in the place of its input."""
+        self._states[part] = hidden.to(self._states.device)
+
+
+def _batches(shape: torch.Size, device: torch.device) -> Iterator[slice]:
+    rows, tokens = shape
+    step = max(1, _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"] // tokens)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _place(shape: torch.Size, width: int, device: torch.device) -> Tensor:
+    size_bytes = shape[0] * shape[1] * width * 4
+    fits = device.type == "cuda" and size_bytes <= _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    return torch.empty(*shape, width, device=device if fits else "cpu")

@@ -1,0 +1,62 @@
+"""What the steps of one block share: values only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from awqkit.model.skeleton import Skeleton
+from awqkit.model.structure import BlockStructure
+from awqkit.pipeline.activations import HiddenStates
+from awqkit.pipeline.plan import BlockPlan, RunPlan
+from awqkit.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The hidden states that a run carries from block to block.
+
+    calibration: rows for the statistics. probe: two of them, for the row weights. held_out: rows for the check, or None.
+    """
+
+    calibration: HiddenStates
+    probe: HiddenStates
+    held_out: HiddenStates | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockContext:
+    """One block with its weights in memory, and everything that was settled before."""
+
+    skeleton: Skeleton
+    plan: RunPlan
+    block_plan: BlockPlan
+    recipe: Recipe
+    block: nn.Module
+    parameters: Mapping[str, Tensor]
+
+    @property
+    def index(self) -> int:
+        """Number of the block."""
+        return self.block_plan.index
+
+    @property
+    def structure(self) -> BlockStructure:
+        """What discovery found in this kind of block."""
+        return self.block_plan.structure
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return self.plan.probe.hidden.device
+
+    def weight(self, linear: str) -> Tensor:
+        """The original float32 weight `[out, in]` of a linear."""
+        return self.parameters[self.structure.linear(linear).weight]
+
+    def kept(self, linear: str) -> bool:
+        """Whether the linear stays in full precision."""
+        return self.block_plan.linears[linear].keep is not None

@@ -1,0 +1,91 @@
+"""Running one block on the calibration rows: proofs, row weights, statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from awqkit.decisions import FoldDecision
+from awqkit.errors import CheckpointError
+from awqkit.model.folds import PROOF_TOLERANCE, prove
+from awqkit.model.observe import LinearWatch
+from awqkit.model.skeleton import run_block
+from awqkit.model.structure import Fold
+from awqkit.numerics.statistics import Statistics, accumulate_, empty_statistics, finished
+from awqkit.pipeline.activations import HiddenStates
+from awqkit.pipeline.context import BlockContext
+
+_SEED_STRIDE = 1_000_003  # keeps the probes of block i and seed j apart
+
+
+def refuse_non_finite(context: BlockContext) -> None:
+    """Raises CheckpointError naming the first tensor of the block with NaN or inf."""
+    for name, value in context.parameters.items():
+        if not bool(torch.isfinite(value).all()):
+            disk = context.skeleton.disk_name(f"{context.block_plan.path}.{name}")
+            raise CheckpointError(f"tensor {disk} holds NaN or inf: the checkpoint is damaged; nothing was kept of this run")
+
+
+def prove_folds(context: BlockContext) -> tuple[list[tuple[Fold, float]], list[FoldDecision]]:
+    """The folds that are exact in this very block, with the proof's error, and a Decision for each refused one."""
+    run = context.plan.probe.runner(context.block, context.index)
+    hidden = context.plan.probe.hidden
+    proved = []
+    refused = [
+        FoldDecision(refusal.label, "none", refusal.consumers, 0, None, fallback=refusal.reason)
+        for refusal in context.structure.refusals
+    ]
+    for fold in context.structure.folds:
+        if all(context.kept(name) for name in fold.consumers):
+            continue  # nothing that s could help
+        with torch.no_grad():
+            error = prove(context.block, run, hidden, context.structure, fold)
+        if error <= PROOF_TOLERANCE:
+            proved.append((fold, error))
+        else:
+            reason = f"not exact in this block: its output changes by {error:.1e} under powers of two"
+            refused.append(FoldDecision(fold.label, fold.kind, fold.consumers, fold.num_channels, error, fallback=reason))
+    return proved, refused
+
+
+def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict[str, Tensor]:
+    """For every linear `[out]`: the mean squared gradient of a random probe of the block's output.
+
+    One backward pass over a few rows gives G_ii, how much the block's output feels an error in output row i. The
+    probe rows move on to the block's output.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def after(name: str, output: Tensor) -> None:
+        output.retain_grad()
+        outputs[name] = output
+
+    views = context.structure.linears
+    watched = {view.weight: context.parameters[view.weight] for view in views}
+    generator = torch.Generator().manual_seed(context.recipe.seed * _SEED_STRIDE + context.index)
+    squares = {view.name: torch.zeros(view.shape[0], device=context.device) for view in views}
+    for part, hidden, call, _ in probe_rows.batches(context.index):
+        outputs.clear()
+        with torch.enable_grad(), LinearWatch(watched, after=after):
+            result = run_block(context.block, hidden.clone().requires_grad_(True), call)
+            (result * torch.randn(result.shape, generator=generator).to(result.device)).sum().backward()
+        for view in views:
+            squares[view.name] += outputs[view.weight].grad.square().reshape(-1, view.shape[0]).mean(dim=0)
+        probe_rows.write(part, result.detach())
+    return squares
+
+
+def observe(context: BlockContext, rows: HiddenStates) -> dict[str, Statistics]:
+    """Statistics of every linear input, by its first reader; the rows move on to the block's output."""
+    by_weight = {context.structure.linear(entry.first).weight: entry for entry in context.structure.inputs}
+    found = {entry.first: empty_statistics(entry.num_channels, context.device) for entry in context.structure.inputs}
+    watched = {name: context.parameters[name] for name in by_weight}
+    for part, hidden, call, mask in rows.batches(context.index):
+
+        def before(name: str, inputs: Tensor, mask: Tensor | None = mask) -> None:
+            first = by_weight[name].first
+            found[first] = accumulate_(found[first], inputs, mask)
+
+        with torch.no_grad(), LinearWatch(watched, before=before):
+            rows.write(part, run_block(context.block, hidden, call))
+    return {first: finished(statistics) for first, statistics in found.items()}

@@ -1,0 +1,158 @@
+"""What a run will do, settled before it starts: structure of every kind of block, a plan for every linear.
+
+Whatever can be refused is refused here, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awqkit.errors import FormatError, ModelError, UsageError
+from awqkit.methods.plan import LinearPlan
+from awqkit.model.folds import discover
+from awqkit.model.skeleton import BlockCall, Skeleton, run_block
+from awqkit.model.structure import BlockStructure
+from awqkit.recipe import DEFAULT_GROUP_SIZES, Recipe
+
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """One block: its path, what discovery found in its kind, and the plan of each linear by name inside the block."""
+
+    index: int
+    path: str
+    structure: BlockStructure
+    linears: dict[str, LinearPlan]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A short random input with which a block of this model can be run at any time, one call per block."""
+
+    hidden: Tensor
+    calls: tuple[BlockCall, ...]
+
+    def runner(self, block: torch.nn.Module, index: int) -> Callable[[], Tensor]:
+        """A function that runs `block` on the probe."""
+        return lambda: run_block(block, self.hidden, self.calls[index])
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """All blocks, with the group size that was chosen and the dtype of everything that is not packed."""
+
+    blocks: tuple[BlockPlan, ...]
+    probe: Probe
+    group_size: int
+    stored_dtype: torch.dtype
+
+    @property
+    def linears(self) -> list[LinearPlan]:
+        """Every linear of every block, in order."""
+        return [plan for block in self.blocks for plan in block.linears.values()]
+
+
+def make_probe(skeleton: Skeleton, device: torch.device) -> Probe:
+    """A probe of 16 tokens: the first ids of the vocabulary fix the arguments, the hidden states are N(0, 1)."""
+    ids = torch.arange(PROBE_TOKENS).unsqueeze(0)
+    (started,) = skeleton.start([(ids, None)], device)
+    noise = torch.randn(started.hidden.shape, generator=torch.Generator().manual_seed(0))
+    return Probe(noise.to(device), started.calls)
+
+
+def discover_blocks(skeleton: Skeleton, probe: Probe, device: torch.device) -> list[BlockStructure]:
+    """The structure of every block; blocks of one kind are looked at once, on the real weights of the first."""
+    by_kind: dict[Any, BlockStructure] = {}
+    structures = []
+    for index in range(skeleton.num_blocks):
+        kind = skeleton.block_kind(index)
+        if kind not in by_kind:
+            block = skeleton.load_block(index, device)
+            try:
+                by_kind[kind] = discover(block, probe.runner(block, index), probe.hidden)
+            finally:
+                skeleton.release_block(index)
+            if not by_kind[kind].linears:
+                raise ModelError(f"{skeleton.block_path(index)}: no linear found in this block, nothing to quantize")
+        structures.append(by_kind[kind])
+    return structures
+
+
+def plan_run(
+    skeleton: Skeleton,
+    recipe: Recipe,
+    stored_dtype: torch.dtype,
+    device: torch.device,
+    why_not_held: Callable[[int, int, int], str | None],
+    fused_partners: Callable[[Sequence[str]], Sequence[Sequence[str]]],
+) -> RunPlan:
+    """The plan for every linear of the model.
+
+    why_not_held(out, in, group_size), fused_partners(paths): what the format says. Raises UsageError where the group
+    size that was asked for does not divide an input, and where nothing is left to quantize.
+    """
+    probe = make_probe(skeleton, device)
+    structures = discover_blocks(skeleton, probe, device)
+    views = [(skeleton.block_path(i), view) for i, structure in enumerate(structures) for view in structure.linears]
+    shapes = {f"{path}.{view.name}": view.shape for path, view in views}
+    wanted = {name: shape for name, shape in shapes.items() if not recipe.ignores(name)}
+    group_size = choose_group_size(recipe.group_size, wanted)
+    reasons = {name: "matches --ignore" for name in shapes if name not in wanted}
+    for name, (rows, columns) in wanted.items():
+        reason = why_not_held(rows, columns, group_size)
+        if reason is not None:
+            reasons[name] = reason
+    for partners in fused_partners(list(shapes)):
+        kept = next((name for name in partners if name in reasons), None)
+        if kept is not None:
+            for name in partners:
+                reasons.setdefault(name, f"readers fuse it with {kept}, which stays in full precision")
+    if len(reasons) == len(shapes):
+        raise UsageError(f"nothing is left to quantize: {len(shapes)} linears found, all kept ({next(iter(reasons.values()))})")
+    general = LinearPlan(
+        name="",
+        shape=(0, 0),
+        bits=recipe.bits,
+        group_size=group_size,
+        symmetric=recipe.symmetric,
+        stored_dtype=stored_dtype,
+        clip=recipe.clip,
+        rounding=recipe.rounding,
+    )
+    blocks = []
+    for index, structure in enumerate(structures):
+        path = skeleton.block_path(index)
+        plans = {}
+        for view in structure.linears:
+            name = f"{path}.{view.name}"
+            plans[view.name] = replace(general, name=name, shape=view.shape, keep=reasons.get(name))
+        blocks.append(BlockPlan(index, path, structure, plans))
+    return RunPlan(tuple(blocks), probe, group_size, stored_dtype)
+
+
+def choose_group_size(asked: int | None, shapes: dict[str, tuple[int, int]]) -> int:
+    """The size asked for, or the largest of 128, 64, 32 that divides every input (32 where none does).
+
+    Raises FormatError where the size asked for does not divide an input, naming it and the sizes that would.
+    """
+    if asked is None:
+        for size in DEFAULT_GROUP_SIZES:
+            if all(columns % size == 0 for _, columns in shapes.values()):
+                return size
+        return DEFAULT_GROUP_SIZES[-1]
+    for name, (_, columns) in shapes.items():
+        if columns % asked:
+            fitting = [size for size in DEFAULT_GROUP_SIZES if all(k % size == 0 for _, k in shapes.values())]
+            would = f"--group-size {' or '.join(map(str, fitting))} would" if fitting else "no usual size would"
+            raise FormatError(
+                f"--group-size {asked} does not divide the {columns} inputs of {name}; {would}, "
+                "or leave that linear out with --ignore"
+            )
+    return asked

@@ -1,0 +1,179 @@
+"""The Recipe: every choice that changes the bytes of the checkpoint, as one frozen value.
+
+A method is not a class. It is a choice in five slots: channel scale, grid, rounding, refinement, propagation.
+The slots that have only one entry today (rounding) are named all the same, so that a checkpoint says what made it;
+a slot with no entry yet has no field.
+
+    Recipe.preset("fast")       channel scales from two families, two-ended clip, nearest rounding
+    Recipe.method("rtn")        round to nearest, nothing else; needs no calibration text
+    Recipe.method("awq")        the AWQ paper's scale family, two-ended clip
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from awqkit.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_QUALITY = "fast"
+DEFAULT_GROUP_SIZES = (128, 64, 32)  # tried in this order when no size is asked for
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "channel_scale": ("none", "search"),
+    "importance": ("square", "mean-abs"),
+    "alpha_search": ("group", "layer"),
+    "clip": ("none", "shared", "ends"),
+    "rounding": ("nearest",),
+    "format": ("awq",),
+}
+SCALE_FAMILIES = ("importance", "duo")
+STORED_DTYPES = ("bfloat16", "float16")
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"channel_scale": "search", "scale_families": ("importance", "duo"), "clip": "ends"},
+}
+_METHODS: dict[str, dict[str, Any]] = {
+    "rtn": {"channel_scale": "none", "clip": "none"},
+    "awq": {"channel_scale": "search", "scale_families": ("importance",), "clip": "ends"},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All choices that the written bytes depend on, for one model, calibration text and device kind.
+
+    name: the preset or method that it was made from, for people.
+    bits: 2 to 8; the format may hold fewer.
+    group_size: input channels that share one scale; None takes the largest of 128, 64, 32 that divides every linear.
+    symmetric: zero point fixed in the middle of the code range.
+    channel_scale: "none", or "search" (per fold, alpha on 21 points of [0, 1], design: AWQ, Lin 2023, section 3.2).
+    scale_families: which forms of s take part in the search, see `numerics.channel_scale`.
+    importance: "square" E[x²] or "mean-abs" (E|x|)², the statistic of the AWQ paper.
+    alpha_search: "group" (each search unit its own alpha) or "layer" (one alpha, judged on the full gram).
+    clip: "none", "shared" (one ratio for both ends of the range), "ends" (each end its own ratio).
+    rounding: "nearest".
+    dtype: the dtype of everything that is not packed; None keeps the source's, and turns float32 into bfloat16.
+    ignore: globs on full module paths; a linear that matches stays in full precision.
+    calibration: path of a .txt or .jsonl file, "builtin", or the name of a hub dataset.
+    samples, seq_len, seed: calibration rows, tokens per row, and the seed that chooses them.
+    """
+
+    name: str = DEFAULT_QUALITY
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = False
+    channel_scale: str = "search"
+    scale_families: tuple[str, ...] = SCALE_FAMILIES
+    importance: str = "square"
+    alpha_search: str = "group"
+    clip: str = "ends"
+    rounding: str = "nearest"
+    format: str = "awq"
+    dtype: str | None = None
+    ignore: tuple[str, ...] = ()
+    calibration: str = "builtin"
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, choices in _CHOICES.items():
+            _one_of(field, getattr(self, field), choices)
+        unknown = [family for family in self.scale_families if family not in SCALE_FAMILIES]
+        if unknown or (self.channel_scale == "search" and not self.scale_families):
+            raise UsageError(f"scale_families is {self.scale_families}; it takes one or more of {SCALE_FAMILIES}")
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, STORED_DTYPES)
+        _whole("bits", self.bits, 2, 8)
+        if self.group_size is not None:
+            _whole("group_size", self.group_size, 8, 1 << 20)
+        _whole("samples", self.samples, 1, 1 << 24)
+        _whole("seq_len", self.seq_len, 8, 1 << 20)
+        _whole("seed", self.seed, 0, (1 << 63) - 1)
+
+    @classmethod
+    def preset(cls, quality: str, **overrides: Any) -> Recipe:
+        """The preset `quality` ("fast") with single fields replaced. Raises UsageError for an unknown name or field."""
+        _one_of("quality", quality, tuple(_PRESETS))
+        return _build({"name": quality, **_PRESETS[quality], **overrides})
+
+    @classmethod
+    def method(cls, method: str, **overrides: Any) -> Recipe:
+        """The textbook method `method` ("rtn", "awq") with single fields replaced. Raises UsageError."""
+        _one_of("method", method, tuple(_METHODS))
+        return _build({"name": method, **_METHODS[method], **overrides})
+
+    @classmethod
+    def from_choices(cls, choices: Mapping[str, Any]) -> Recipe:
+        """A Recipe from flat keys: `quality` or `method` (not both) and any fields. Raises UsageError."""
+        rest = dict(choices)
+        quality, method = rest.pop("quality", None), rest.pop("method", None)
+        if quality is not None and method is not None:
+            raise UsageError(
+                f"quality {quality!r} and method {method!r} were both given: "
+                "a preset and a textbook method exclude each other, drop one"
+            )
+        if method is not None:
+            return cls.method(method, **rest)
+        return cls.preset(DEFAULT_QUALITY if quality is None else quality, **rest)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any choice looks at activations."""
+        return self.channel_scale != "none" or self.clip != "none"
+
+    def ignores(self, module_path: str) -> bool:
+        """Whether a glob of `ignore` matches the full module path, case-sensitively."""
+        return any(fnmatch.fnmatchcase(module_path, pattern) for pattern in self.ignore)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+
+
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """The flat keys of a TOML recipe file, for `Recipe.from_choices`. Raises UsageError with file and key."""
+    try:
+        choices = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"recipe {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path}: not a TOML file ({error})") from error
+    known = {field.name for field in dataclasses.fields(Recipe)} - {"name"} | {"quality", "method"}
+    for key in choices:
+        if key not in known:
+            raise UsageError(f"recipe {path}: unknown key {key!r}; known keys are {', '.join(sorted(known))}")
+    return choices
+
+
+def _build(fields: dict[str, Any]) -> Recipe:
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    for key in fields:
+        if key not in known:
+            raise UsageError(f"unknown recipe field {key!r}; known fields are {', '.join(sorted(known))}")
+    for key in ("ignore", "scale_families"):
+        if key in fields:
+            value = fields[key]
+            fields[key] = (value,) if isinstance(value, str) else tuple(value)
+    return Recipe(**fields)
+
+
+def _one_of(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{field} is {value!r}; it takes one of {', '.join(choices)}")
+
+
+def _whole(field: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{field} is {value!r}; it takes a whole number from {low} to {high}")
