@@ -139,7 +139,9 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:

@@ -102,13 +102,9 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
             header_bytes = int.from_bytes(_length_field(file, stream.read(32), file_bytes), "little")
             data_start = LENGTH_BYTES + header_bytes
             if header_bytes > MAX_HEADER_BYTES:
-                raise _corrupt(
-                    file, f"the header claims {header_bytes} bytes, more than {MAX_HEADER_BYTES} allowed"
-                )
+                raise _corrupt(file, f"the header claims {header_bytes} bytes, more than {MAX_HEADER_BYTES} allowed")
             if data_start > file_bytes:
-                raise _truncated(
-                    file, f"the header alone needs {data_start} bytes, the file has {file_bytes}"
-                )
+                raise _truncated(file, f"the header alone needs {data_start} bytes, the file has {file_bytes}")
             stream.seek(LENGTH_BYTES)
             text = stream.read(header_bytes)
     except OSError as error:
@@ -128,13 +124,9 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
 
 def _length_field(file: Path, start: bytes, file_bytes: int) -> bytes:
     if start.startswith(_GIT_LFS_MAGIC):
-        raise CheckpointError(
-            f"{file}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
-        )
+        raise CheckpointError(f"{file}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
     if file_bytes < LENGTH_BYTES:
-        raise _truncated(
-            file, f"a safetensors file has at least {LENGTH_BYTES} bytes, this one has {file_bytes}"
-        )
+        raise _truncated(file, f"a safetensors file has at least {LENGTH_BYTES} bytes, this one has {file_bytes}")
     return start[:LENGTH_BYTES]
 
 
@@ -148,8 +140,7 @@ def _entry(file: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
     dtype = _DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {code!r}, which cannot be read; "
-            f"known are {', '.join(_DTYPES)}"
+            f"{file}: tensor {name!r} has dtype {code!r}, which cannot be read; known are {', '.join(_DTYPES)}"
         )
     spec = TensorSpec(name, dtype, tuple(shape))
     if end - start != spec.num_bytes:
@@ -164,9 +155,7 @@ def _check_no_holes(file: Path, stored: Sequence[StoredTensor], data_start: int,
     end = data_start
     for tensor in stored:
         if tensor.offset != end:
-            raise _corrupt(
-                file, f"tensor {tensor.spec.name!r} starts at byte {tensor.offset}, expected {end}"
-            )
+            raise _corrupt(file, f"tensor {tensor.spec.name!r} starts at byte {tensor.offset}, expected {end}")
         end += tensor.spec.num_bytes
     if end > file_bytes:
         raise _truncated(file, f"its tensors need {end} bytes, the file has {file_bytes}")

@@ -43,9 +43,7 @@ def resolve_model(model: str | Path, *, show_progress: bool = True) -> Path:
         raise CheckpointError(f"{model}: is a file; give the folder that holds config.json and *.safetensors")
     hub_id = str(model)
     if path.is_absolute() or hub_id.startswith((".", "~")) or not _HUB_ID.fullmatch(hub_id):
-        raise CheckpointError(
-            f"{model}: no such directory; expected a folder with config.json and *.safetensors"
-        )
+        raise CheckpointError(f"{model}: no such directory; expected a folder with config.json and *.safetensors")
     quiet = not show_progress and not are_progress_bars_disabled()
     if quiet:
         disable_progress_bars()
@@ -70,9 +68,7 @@ def _fetch(hub_id: str) -> Path:
         raise
     except Exception:  # out of reach, in whatever way: the cache may still have it
         offline = True
-    folder = snapshot_download(
-        hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=offline
-    )
+    folder = snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=offline)
     return Path(folder)
 
 

@@ -62,9 +62,7 @@ def refuse_parent(out: Path) -> None:
     if not parent.is_dir():
         raise OutputError(f"{out}: the folder {parent} does not exist; create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"{out}: the folder {parent} cannot be written; choose another place or change its rights"
-        )
+        raise OutputError(f"{out}: the folder {parent} cannot be written; choose another place or change its rights")
 
 
 def refuse_full_disk(parent: Path, needed_bytes: int) -> None:

@@ -112,9 +112,7 @@ class Checkpoint:
         try:
             return self.tensors[name]
         except KeyError:
-            raise CheckpointError(
-                f"{self.directory}: has no tensor {name!r} among its {len(self.tensors)}"
-            ) from None
+            raise CheckpointError(f"{self.directory}: has no tensor {name!r} among its {len(self.tensors)}") from None
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -125,9 +123,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         for key in _QUANTIZED_KEYS:
             if config.get(key):
                 settings = config[key]
-                method = (
-                    settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
-                )
+                method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
                 raise _quantized(checkpoint.directory / CONFIG_FILE, f"has {prefix}{key} (method {method!r})")
     for name in _QUANTIZED_FILES:
         if (checkpoint.directory / name).is_file():
@@ -142,13 +138,9 @@ def _quantized(where: Path, found: str) -> CheckpointError:
 
 def _list_folder(directory: Path) -> frozenset[str]:
     if not directory.exists():
-        raise CheckpointError(
-            f"{directory}: no such directory; expected a folder with config.json and *.safetensors"
-        )
+        raise CheckpointError(f"{directory}: no such directory; expected a folder with config.json and *.safetensors")
     if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory}: is a file; give the folder that holds config.json and *.safetensors"
-        )
+        raise CheckpointError(f"{directory}: is a file; give the folder that holds config.json and *.safetensors")
     try:
         files = frozenset(path.name for path in directory.iterdir())
     except OSError as error:
@@ -183,9 +175,7 @@ def _single_file(directory: Path, files: Iterable[str]) -> str:
 def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_FILE
     if not file.is_file():
-        raise CheckpointError(
-            f"{directory}: holds no {CONFIG_FILE}; copy it from where the weights come from"
-        )
+        raise CheckpointError(f"{directory}: holds no {CONFIG_FILE}; copy it from where the weights come from")
     config = _read_json_object(file)
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
@@ -212,16 +202,12 @@ def _read_sharded(directory: Path) -> Sequence[StoredTensor]:
     file = directory / INDEX_FILE
     weight_map = _read_json_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f'{file}: has no "weight_map" from tensor names to shards; fetch this file again'
-        )
+        raise CheckpointError(f'{file}: has no "weight_map" from tensor names to shards; fetch this file again')
     tensors: list[StoredTensor] = []
     for shard in sorted({str(shard) for shard in weight_map.values()}):
         # An index comes from somebody else: a shard is a plain name, never a way out of the folder.
         if Path(shard).name != shard or not (directory / shard).is_file():
-            raise CheckpointError(
-                f"{file}: names the shard {shard!r}, which is not in the folder; fetch it too"
-            )
+            raise CheckpointError(f"{file}: names the shard {shard!r}, which is not in the folder; fetch it too")
         wanted = {name for name, home in weight_map.items() if home == shard}
         stored = [tensor for tensor in read_header(directory / shard) if tensor.spec.name in wanted]
         missing = wanted - {tensor.spec.name for tensor in stored}

@@ -76,9 +76,7 @@ def plan_layout(specs: Sequence[TensorSpec], max_shard_bytes: int = MAX_SHARD_BY
     """
     names = [spec.name for spec in specs]
     if len(set(names)) != len(names):
-        raise ValueError(
-            f"tensor names given twice: {sorted({name for name in names if names.count(name) > 1})}"
-        )
+        raise ValueError(f"tensor names given twice: {sorted({name for name in names if names.count(name) > 1})}")
     groups: list[list[TensorSpec]] = [[]]
     filled_bytes = 0
     for spec in specs:
@@ -91,10 +89,7 @@ def plan_layout(specs: Sequence[TensorSpec], max_shard_bytes: int = MAX_SHARD_BY
         return Layout((_plan_shard(SINGLE_FILE, groups[0]),))
     count = len(groups)
     return Layout(
-        tuple(
-            _plan_shard(f"model-{i:05d}-of-{count:05d}.safetensors", group)
-            for i, group in enumerate(groups, 1)
-        )
+        tuple(_plan_shard(f"model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, 1))
     )
 
 
@@ -163,8 +158,7 @@ class CheckpointWriter:
         spec, file_name, offset = self._places[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise ValueError(
-                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"the layout has {spec.dtype} {spec.shape}"
+                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, the layout has {spec.dtype} {spec.shape}"
             )
         data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
         with disk_errors(self._out), (self.folder / file_name).open("r+b") as stream:
@@ -191,9 +185,7 @@ class CheckpointWriter:
     def commit(self) -> None:
         """Makes the checkpoint durable, renames it to OUT. Raises ValueError when a tensor is missing."""
         if self._pending:
-            raise ValueError(
-                f"{len(self._pending)} planned tensors were not written, {min(self._pending)!r} for one"
-            )
+            raise ValueError(f"{len(self._pending)} planned tensors were not written, {min(self._pending)!r} for one")
         refuse_existing(self._out, self._overwrite)
         with disk_errors(self._out):
             _sync_tree(self.folder)

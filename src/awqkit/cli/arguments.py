@@ -68,9 +68,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in choices:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not one of {', '.join(choices)}{closest(text, choices)}"
-            )
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}{closest(text, choices)}")
         return text
 
     return parse
@@ -125,9 +123,7 @@ def check_device(device: str) -> None:
     index = int(device.partition(":")[2] or 0)
     if index >= count:
         found = f"only {count} of them" if count else "none"
-        raise UsageError(
-            f"--device {device}: torch {torch.__version__} finds {found} here; use --device cpu or auto"
-        )
+        raise UsageError(f"--device {device}: torch {torch.__version__} finds {found} here; use --device cpu or auto")
 
 
 def write_json(path: Path | None, content: Any) -> None:
@@ -146,9 +142,7 @@ def _check_json_path(path: Path | None) -> None:
     if path.is_dir():
         raise UsageError(f"--json {path}: is a folder; give the path of a file to write")
     if not path.parent.is_dir():
-        raise UsageError(
-            f"--json {path}: there is no folder {path.parent}; make it first or name another path"
-        )
+        raise UsageError(f"--json {path}: there is no folder {path.parent}; make it first or name another path")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"--json {path}: may not be written; name another path")
 

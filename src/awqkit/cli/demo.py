@@ -84,9 +84,7 @@ def _destination(out: Path | None) -> Path:
         return out
     default = Path(_DEFAULT_OUT)
     if default.exists() and not any(default.rglob(_MADE_BY_AWQKIT)):
-        raise UsageError(
-            f"{default} exists and no demo made it, so it is not replaced; name another folder with --out"
-        )
+        raise UsageError(f"{default} exists and no demo made it, so it is not replaced; name another folder with --out")
     return default
 
 

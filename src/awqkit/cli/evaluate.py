@@ -55,9 +55,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("model", metavar="MODEL", help=argparse.SUPPRESS)
     group = parser.add_argument_group("the measurement")
-    group.add_argument(
-        "--text", required=True, metavar="FILE", help="a .txt or .jsonl file to measure on (required)"
-    )
+    group.add_argument("--text", required=True, metavar="FILE", help="a .txt or .jsonl file to measure on (required)")
     group.add_argument("--reference", metavar="MODEL", help="the original model, for KL and top-1 agreement")
     group.add_argument(
         "--seq-len", type=whole_number(2), default=_DEFAULT_SEQ_LEN, metavar="N",

@@ -87,4 +87,5 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
         from awqkit import __version__
 
-        parser.exit(message=f"awqkit {__version__}\n")
+        Console().result(f"awqkit {__version__}")
+        parser.exit()

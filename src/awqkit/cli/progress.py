@@ -92,9 +92,7 @@ class PlainProgress:
             return
         self._printed[event.name] = (now, reached)
         left = pace.seconds_left(now)
-        self._write(
-            f"{event.name} {int(event.done)}/{pace.total}" + (f"  left {clock_text(left)}" if left else "")
-        )
+        self._write(f"{event.name} {int(event.done)}/{pace.total}" + (f"  left {clock_text(left)}" if left else ""))
 
     def _finish(self, event: TaskFinished) -> None:
         pace = self._paces.pop(event.name, None)
@@ -210,7 +208,7 @@ class TerminalProgress:
 
 
 class _NarrowProgress(Progress):
-    """A Progress that leaves the last columns free: the "^C" that a terminal echoes there must not wrap the line."""
+    """A Progress that leaves the last columns free, so that the "^C" that a terminal echoes wraps no line."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         for renderable in super().get_renderables():
@@ -222,9 +220,7 @@ class _Narrow:
     renderable: RenderableType
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
-        yield from console.render(
-            self.renderable, options.update(width=max(1, options.max_width - _FREE_COLUMNS))
-        )
+        yield from console.render(self.renderable, options.update(width=max(1, options.max_width - _FREE_COLUMNS)))
 
 
 class _Times(ProgressColumn):

@@ -18,8 +18,8 @@ from awqkit.cli.arguments import (
     whole_number,
     write_json,
 )
-from awqkit.cli.console import Console
-from awqkit.events import Notice
+from awqkit.cli.console import Console, size_text
+from awqkit.events import BlockFinished, Event, Notice
 from awqkit.recipe import DEFAULT_GROUP_SIZES, DEFAULT_QUALITY, STORED_DTYPES, Recipe, read_recipe_file
 
 if TYPE_CHECKING:
@@ -100,15 +100,23 @@ def run(args: argparse.Namespace, console: Console) -> None:
     """Quantize as `args` say and print the report. Raises AwqkitError."""
     recipe = recipe_from(args)
     options = run_options(args, overwrite=args.overwrite)
+    num_fallbacks = 0
+
+    def count(event: Event) -> None:
+        nonlocal num_fallbacks
+        if isinstance(event, BlockFinished):
+            num_fallbacks += event.num_fallbacks
+        emit(event)
+
     with console.listening() as emit:
         for text in unused_flags(args, recipe):
             emit(Notice(text))
         check_device(args.device)
         from awqkit.api.quantize import quantize
 
-        result = quantize(args.model, args.out, recipe, options=options, emit=emit)
+        result = quantize(args.model, args.out, recipe, options=options, emit=count)
     console.result(str(result.report))
-    console.result(f"\n{_closing_line(result)}")
+    console.result(f"\n{_closing_line(result, num_fallbacks)}")
     write_json(args.json, result.report.to_json())
     console.hint(_next_steps(args.model, result.directory))
 
@@ -119,9 +127,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     `quality` and `method` exclude each other, so either one given as a flag drops both of the file's.
     """
     choices = {} if args.recipe is None else dict(read_recipe_file(args.recipe))
-    flags: dict[str, Any] = {
-        key: getattr(args, key) for key in RECIPE_FLAGS if getattr(args, key) is not None
-    }
+    flags: dict[str, Any] = {key: getattr(args, key) for key in RECIPE_FLAGS if getattr(args, key) is not None}
     if "quality" in flags or "method" in flags:
         choices.pop("quality", None)
         choices.pop("method", None)
@@ -131,11 +137,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
 def unused_flags(args: argparse.Namespace, recipe: Recipe) -> list[str]:
     """One sentence for each kind of flag that this recipe does not look at."""
     sentences = []
-    search = [
-        f"--{key.replace('_', '-')}"
-        for key in ("alpha_search", "importance")
-        if getattr(args, key) is not None
-    ]
+    search = [f"--{key.replace('_', '-')}" for key in ("alpha_search", "importance") if getattr(args, key) is not None]
     if search and recipe.channel_scale == "none":
         sentences.append(f"{' and '.join(search)} not used: {recipe.name} searches no channel scales")
     if args.calibration is not None and not recipe.needs_calibration:
@@ -146,9 +148,7 @@ def unused_flags(args: argparse.Namespace, recipe: Recipe) -> list[str]:
 def _add_checkpoint_options(parser: Parser) -> None:
     default = Recipe()
     group = parser.add_argument_group("the checkpoint")
-    group.add_argument(
-        "--bits", type=whole_number(1), metavar="N", help=f"bits per weight (default: {default.bits})"
-    )
+    group.add_argument("--bits", type=whole_number(1), metavar="N", help=f"bits per weight (default: {default.bits})")
     first, *smaller = DEFAULT_GROUP_SIZES
     group.add_argument(
         "--group-size", type=whole_number(1), metavar="N",
@@ -202,9 +202,7 @@ def _add_method_options(parser: Parser) -> None:
         "--clip", dest="clip", action="store_const", const="ends",
         help="search how far to clip both ends of each group's range (default, except for rtn)",
     )  # fmt: skip
-    clip.add_argument(
-        "--no-clip", dest="clip", action="store_const", const="none", help="keep the full range"
-    )
+    clip.add_argument("--no-clip", dest="clip", action="store_const", const="none", help="keep the full range")
 
 
 def _add_calibration_options(parser: Parser) -> None:
@@ -227,8 +225,10 @@ def _braces(choices: tuple[str, ...]) -> str:
     return f"{{{','.join(choices)}}}"
 
 
-def _closing_line(result: QuantizeResult) -> str:
-    return f"Saved {result.directory} after {result.seconds:.1f} s."
+def _closing_line(result: QuantizeResult, num_fallbacks: int) -> str:
+    size = size_text(sum(path.stat().st_size for path in result.directory.iterdir()))
+    fallbacks = f"{num_fallbacks or 'no'} fallback{'' if num_fallbacks == 1 else 's'}"
+    return f"Saved {result.directory} ({size}) after {result.seconds:.1f} s, with {fallbacks}."
 
 
 def _next_steps(model: str, directory: Path) -> str:

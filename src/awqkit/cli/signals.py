@@ -33,9 +33,7 @@ def unwind_on_signals() -> Iterator[None]:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    previous = {
-        number: handler for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)
-    }
+    previous = {number: handler for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
     for number in previous:
         signal.signal(number, unwind)
     try:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from awqkit.errors import CheckpointError, FormatError
 from awqkit.formats.bits import CODES_PER_WORD, pack_columns, unpack_columns
-from awqkit.formats.serving import FusedUnit, fused_units, tensor_parallel_cautions
+from awqkit.formats.serving import FusedUnit, fused_partners, fused_units, tensor_parallel_cautions
 from awqkit.numerics.grid import Grid, QuantizedWeight
 from awqkit.recipe import Recipe
 
@@ -55,9 +55,7 @@ class AwqFormat:
     def check(self, recipe: Recipe) -> None:
         """Raises FormatError when the format cannot hold the recipe's bits or group size."""
         if recipe.bits != BITS:
-            raise FormatError(
-                f"bits is {recipe.bits}; the awq format holds {BITS} bits only, use --bits {BITS}"
-            )
+            raise FormatError(f"bits is {recipe.bits}; the awq format holds {BITS} bits only, use --bits {BITS}")
         if recipe.group_size is not None and recipe.group_size not in GROUP_SIZES:
             raise FormatError(
                 f"group_size is {recipe.group_size}; readers of the awq format take {_listed(GROUP_SIZES)}"
@@ -77,10 +75,12 @@ class AwqFormat:
         """Lines about readers that will be slow or fail; linears: path -> (out_features, in_features)."""
         slow = []
         if group_size not in FAST_GROUP_SIZES:
-            slow.append(
-                f"no fast CUDA kernel of vLLM or SGLang takes groups of {group_size}; 32, 64 and 128 have one"
-            )
+            slow.append(f"no fast CUDA kernel of vLLM or SGLang takes groups of {group_size}; 32, 64 and 128 have one")
         return slow + tensor_parallel_cautions(linears, group_size, CODES_PER_WORD)
+
+    def fused_partners(self, linears: Iterable[str]) -> list[tuple[str, ...]]:
+        """Linears that readers fuse and that must agree on precision, see `serving.fused_partners`."""
+        return fused_partners(linears)
 
     def tensor_names(self, linear: str) -> tuple[str, str, str]:
         """The names on disk that stand for the weight of module path `linear`."""
@@ -94,9 +94,7 @@ class AwqFormat:
         if reason:
             raise FormatError(f"{linear}: {reason}")
         if stored_dtype not in _SCALE_DTYPES:
-            raise FormatError(
-                f"{linear}: scales in {stored_dtype} are read by nobody; use bfloat16 or float16"
-            )
+            raise FormatError(f"{linear}: scales in {stored_dtype} are read by nobody; use bfloat16 or float16")
         words, groups = out_features // CODES_PER_WORD, in_features // group_size
         qweight, qzeros, scales = self.tensor_names(linear)
         return {
@@ -115,9 +113,7 @@ class AwqFormat:
         grid = weight.grid
         scales, zeros = grid.group_scale.to(stored_dtype), grid.group_zero.to(torch.uint8)
         if grid.bits != BITS or weight.codes.shape[1] != grid.group_size * grid.group_scale.shape[1]:
-            raise ValueError(
-                f"{linear}: a grid of {grid.bits} bits and groups of {grid.group_size} does not fit awq"
-            )
+            raise ValueError(f"{linear}: a grid of {grid.bits} bits and groups of {grid.group_size} does not fit awq")
         if not torch.equal(scales.float(), grid.group_scale.float()):
             raise ValueError(f"{linear}: a group scale is not exact in {stored_dtype}")
         if not torch.equal(zeros.float(), grid.group_zero.float()):
@@ -161,19 +157,17 @@ class AwqFormat:
         codes = unpack_columns(qweight).t().contiguous()
         group_zero = unpack_columns(qzeros).t().to(torch.float32).contiguous()
         symmetric = bool((group_zero == MIDDLE_CODE).all())
-        return QuantizedWeight(
-            codes, Grid(BITS, group_size, symmetric, scales.t().float().contiguous(), group_zero)
-        )
+        return QuantizedWeight(codes, Grid(BITS, group_size, symmetric, scales.t().float().contiguous(), group_zero))
 
     def quantization_config(
         self, bits: int, group_size: int, kept: Sequence[str], all_linears: Sequence[str]
     ) -> dict[str, Any]:
         """The `quantization_config` of config.json.
 
-        all_linears: full module paths. kept: those that are not quantized, also by their path on disk where that
-        differs. The list on disk gets these, fused units of which every part is kept, and the output head.
-        Raises FormatError when servers could not load the split: parts of a fused unit that disagree, or a kept path
-        that is part of a quantized one.
+        all_linears: full module paths. kept: those that are not quantized, also by their path on disk where
+        that differs. The list on disk gets these, fused units of which every part is kept, and the output
+        head. Raises FormatError when servers could not load the split: parts of a fused unit disagree, or a
+        kept path is part of a quantized one.
         """
         kept_set = set(kept)
         units = fused_units(all_linears)
@@ -202,11 +196,7 @@ class AwqFormat:
         group_size = config.get("group_size", config.get("q_group_size", 128))
         if bits != BITS:
             raise CheckpointError(f"quantization_config has {bits!r} bits; awq checkpoints hold {BITS}")
-        if (
-            not isinstance(group_size, int)
-            or isinstance(group_size, bool)
-            or not (group_size > 0 or group_size == -1)
-        ):
+        if not isinstance(group_size, int) or isinstance(group_size, bool) or not (group_size > 0 or group_size == -1):
             raise CheckpointError(
                 f"quantization_config has group_size {group_size!r}; expected a positive number or -1"
             )
@@ -229,8 +219,8 @@ def _refuse_shadowed(entries: Sequence[str], quantized: Sequence[str]) -> None:
         entry = next((entry for entry in entries if entry in path), None)
         if entry is not None:
             raise FormatError(
-                f"{entry} is kept and {path} quantized, but vLLM and SGLang keep every module whose path contains "
-                "an entry: keep both (--ignore) or none"
+                f"{entry} is kept and {path} quantized, but vLLM and SGLang keep every module whose path "
+                "contains an entry: keep both (--ignore) or none"
             )
 
 

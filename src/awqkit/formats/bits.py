@@ -26,9 +26,7 @@ def pack_columns(codes: Tensor) -> Tensor:
     '0x75316420'
     """
     if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % CODES_PER_WORD:
-        raise ValueError(
-            f"codes are {codes.dtype} {tuple(codes.shape)}, expected uint8 [rows, multiple of 8]"
-        )
+        raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}, expected uint8 [rows, multiple of 8]")
     if codes.numel() and int(codes.max()) > 15:
         raise ValueError(f"a code is {int(codes.max())}, 4 bits hold 0 to 15")
     rows, columns = codes.shape

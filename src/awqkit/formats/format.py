@@ -29,6 +29,8 @@ class Format(Protocol):
 
     def cautions(self, linears: Mapping[str, tuple[int, int]], group_size: int) -> list[str]: ...
 
+    def fused_partners(self, linears: Iterable[str]) -> list[tuple[str, ...]]: ...
+
     def tensor_names(self, linear: str) -> tuple[str, ...]: ...
 
     def tensor_specs(
@@ -48,9 +50,7 @@ class Format(Protocol):
     def read_config(self, config: Mapping[str, Any]) -> StoredConfig: ...
 
 
-FORMATS: dict[str, Format] = {
-    "awq": AwqFormat()
-}  # by Recipe.format, which is also the `quant_method` on disk
+FORMATS: dict[str, Format] = {"awq": AwqFormat()}  # by Recipe.format, which is also the `quant_method` on disk
 
 
 def stored_format(config: Mapping[str, Any]) -> tuple[Format, StoredConfig] | None:
@@ -66,8 +66,6 @@ def stored_format(config: Mapping[str, Any]) -> tuple[Format, StoredConfig] | No
         return None
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
     if method not in FORMATS:
-        raise CheckpointError(
-            f"the checkpoint is quantized by {method!r}; only {', '.join(FORMATS)} can be read"
-        )
+        raise CheckpointError(f"the checkpoint is quantized by {method!r}; only {', '.join(FORMATS)} can be read")
     found = FORMATS[method]
     return found, found.read_config(settings)

@@ -53,9 +53,7 @@ def fused_partners(linears: Iterable[str]) -> list[tuple[str, ...]]:
     return [unit.parts for unit in fused_units(linears)]
 
 
-def tensor_parallel_cautions(
-    linears: Mapping[str, tuple[int, int]], group_size: int, word_columns: int
-) -> list[str]:
+def tensor_parallel_cautions(linears: Mapping[str, tuple[int, int]], group_size: int, word_columns: int) -> list[str]:
     """A line for each tensor-parallel size of 2, 4, 8 that would not load, with the first linear at fault.
 
     linears: path -> (out_features, in_features). A rank needs whole groups of the inputs of a row-parallel
@@ -63,9 +61,7 @@ def tensor_parallel_cautions(
     """
     cautions = []
     for ranks in PARALLEL_SIZES:
-        reasons = (
-            _does_not_split(name, shape, ranks, group_size, word_columns) for name, shape in linears.items()
-        )
+        reasons = (_does_not_split(name, shape, ranks, group_size, word_columns) for name, shape in linears.items())
         reason = next((reason for reason in reasons if reason), None)
         if reason:
             cautions.append(f"tensor parallelism of {ranks} would not load this checkpoint: {reason}")
@@ -80,9 +76,7 @@ def _unit_path(linear: str) -> str | None:
     return next((parent + dot + fused for parts, fused in _FUSED if name in parts), None)
 
 
-def _does_not_split(
-    name: str, shape: Sequence[int], ranks: int, group_size: int, word_columns: int
-) -> str | None:
+def _does_not_split(name: str, shape: Sequence[int], ranks: int, group_size: int, word_columns: int) -> str | None:
     side, size, unit = ("outputs", shape[0], word_columns)
     if name.rpartition(".")[2] in _ROW_PARALLEL:
         side, size, unit = ("inputs", shape[1], group_size)

@@ -98,7 +98,9 @@ def _summary(tried: Sequence[Candidate], best: Tensor, per_channel: Tensor) -> A
     won = [tried[index] for index in best.tolist()]
     scaled = [candidate for candidate in won if candidate.family != "identity"]
     alphas = sorted(candidate.alpha for candidate in scaled)
-    families = {name: sum(candidate.family == name for candidate in scaled) for name in sorted({c.family for c in scaled})}
+    families = {
+        name: sum(candidate.family == name for candidate in scaled) for name in sorted({c.family for c in scaled})
+    }
     return AlphaSummary(
         num_units=len(won),
         num_identity=len(won) - len(scaled),

@@ -81,9 +81,7 @@ def quantize_linear(scaled: ScaledWeight, moment: Tensor | None, plan: LinearPla
     else:
         grouped = split_groups(weight, plan.group_size)
         low, high = clip(grouped, diagonal_blocks(scaled_moment, plan.group_size), **plan.grid_choices)
-        grid = span_grid(
-            weight, group_size=plan.group_size, ratio_low=low, ratio_high=high, **plan.grid_choices
-        )
+        grid = span_grid(weight, group_size=plan.group_size, ratio_low=low, ratio_high=high, **plan.grid_choices)
         chosen, clip_mean = ROUNDING[plan.rounding](weight, grid), float((low.mean() + high.mean()) / 2)
     error_nearest = weighted_error(dequantize(nearest.codes, nearest.grid) - weight, scaled_moment)
     error_chosen = weighted_error(dequantize(chosen.codes, chosen.grid) - weight, scaled_moment)

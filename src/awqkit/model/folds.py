@@ -85,7 +85,9 @@ def discover(block: nn.Module, run: RunBlock, hidden: Tensor) -> BlockStructure:
     )
 
 
-def prove(block: nn.Module, run: RunBlock, hidden: Tensor, structure: BlockStructure, fold: Fold, seed: int = 0) -> float:
+def prove(
+    block: nn.Module, run: RunBlock, hidden: Tensor, structure: BlockStructure, fold: Fold, seed: int = 0
+) -> float:
     """The largest change of the block's output, relative to its contribution, under random powers of two.
 
     The fold is exact where this is at most PROOF_TOLERANCE. Parameters are restored exactly.
@@ -105,7 +107,9 @@ def prove(block: nn.Module, run: RunBlock, hidden: Tensor, structure: BlockStruc
             parameters[name].data = _divided(saved[name], 1.0 / factor, name == fold.offset)
         for consumer in fold.consumers:
             weight, channel_of = structure.linear(consumer).weight, fold.channel_of[consumer]
-            undo = torch.where(channel_of >= 0, 1.0 / factor[channel_of.clamp(min=0)], torch.ones((), device=hidden.device))
+            undo = torch.where(
+                channel_of >= 0, 1.0 / factor[channel_of.clamp(min=0)], torch.ones((), device=hidden.device)
+            )
             parameters[weight].data = parameters[weight].data * undo
         changed = run()
     finally:

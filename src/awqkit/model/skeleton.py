@@ -76,6 +76,10 @@ class Skeleton:
         block = self._blocks[index]
         return (type(block), *((name, tuple(value.shape)) for name, value in block.named_parameters()))
 
+    def names(self) -> list[str]:
+        """Names of all parameters and buffers of the model that the checkpoint has."""
+        return list(self._on_disk)
+
     def disk_name(self, module_name: str) -> str | None:
         """The name on disk of a parameter or buffer of the model, or None where the checkpoint has no such tensor."""
         return self._on_disk.get(module_name)
@@ -85,6 +89,25 @@ class Skeleton:
         have = {id(self._parameter(name)) for name in self._on_disk if not _is_buffer(self._model, name)}
         named = self._model.named_parameters(remove_duplicate=False)
         return [name for name, value in named if id(value) not in have and name not in self._on_disk]
+
+    def parameters_on_disk(self) -> frozenset[str]:
+        """Disk names of the model's parameters; anything else on disk is a buffer, or unknown to the model."""
+        return frozenset(disk for name, disk in self._on_disk.items() if not _is_buffer(self._model, name))
+
+    def tied_duplicates(self) -> dict[str, str]:
+        """Disk name -> disk name it is tied to, for parameters that the model shares and the checkpoint has twice."""
+        first: dict[int, str] = {}
+        duplicates = {}
+        for name, disk in self._on_disk.items():
+            kept = first.setdefault(id(self._parameter(name)), disk)
+            if kept != disk:
+                duplicates[disk] = kept
+        return duplicates
+
+    def linears_outside_blocks(self) -> list[str]:
+        """Paths of the linear modules that no block holds: the output head, projections around the decoder."""
+        named = self._model.named_modules()
+        return [path for path, module in named if isinstance(module, nn.Linear) and not self._inside_block(module)]
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
         """The block with its weights in float32 on `device`. Call `release_block` when done."""
@@ -214,14 +237,18 @@ def _split_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, d
 
 def _find_block_list(model: nn.Module) -> str:
     """The path of the outermost module list with the most parameters. Raises ModelError where there is none."""
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     outermost = {
         path: sum(value.numel() for value in module.parameters())
         for path, module in lists.items()
         if not any(path.startswith(f"{other}.") for other in lists)
     }
     if not outermost or max(outermost.values()) == 0:
-        raise ModelError(f"no list of decoder blocks found in {type(model).__name__}: cannot quantize it block by block")
+        raise ModelError(
+            f"no list of decoder blocks found in {type(model).__name__}: cannot quantize it block by block"
+        )
     return max(outermost, key=lambda path: outermost[path])
 
 

@@ -97,7 +97,9 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
                 "this model runs code of its own (auto_map in config.json); read it, then pass --trust-remote-code"
             ) from error
         if "scaled_dot_product_attention" not in str(error):
-            raise ModelError(f"not a causal language model that transformers can build ({_first_line(error)})") from error
+            raise ModelError(
+                f"not a causal language model that transformers can build ({_first_line(error)})"
+            ) from error
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
@@ -105,7 +107,9 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     return model.eval()
 
 
-def full_model(directory: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> nn.Module:
+def full_model(
+    directory: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> nn.Module:
     """The whole model of a full-precision folder in `dtype` on `device`, in eval mode."""
     from transformers import AutoModelForCausalLM
 
@@ -153,3 +157,19 @@ def _parameters_on_meta() -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of torch and transformers."""
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def finish_loading(model: nn.Module, directory: Path) -> nn.Module:
+    """A model whose tensors were filled in by hand, ready for `generate`: generation config read, eval mode."""
+    from transformers import GenerationConfig
+
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.eval()

@@ -159,7 +159,9 @@ def exact_under_storage(gain: Tensor, channel_scale: Tensor, stored_dtype: torch
     return stored, torch.where(held, gain / torch.where(held, stored, torch.ones_like(stored)), torch.ones_like(gain))
 
 
-def exact_offset_under_storage(offset: Tensor, channel_scale: Tensor, stored_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def exact_offset_under_storage(
+    offset: Tensor, channel_scale: Tensor, stored_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """As `exact_under_storage` for a norm that multiplies by 1 + w: stored w' near (1 + w)/s − 1, s := (1 + w)/(1 + w')."""
     gain = 1.0 + offset
     stored = (gain / channel_scale - 1.0).to(stored_dtype).to(torch.float32)
@@ -196,6 +198,8 @@ def nearly_exact_pair_under_storage(
             best = (miss, stored, held, scale)
         else:
             better = miss < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((miss, stored, held, scale), best, strict=True))
+            best = tuple(
+                torch.where(better, new, old) for new, old in zip((miss, stored, held, scale), best, strict=True)
+            )
     assert best is not None
     return best[1], best[2], best[3]

@@ -58,9 +58,7 @@ def accumulate_(statistics: Statistics, inputs: Tensor, mask: Tensor | None = No
     for start in range(0, tokens.shape[1], _GRAM_TILE):
         rows = tokens[:, start : start + _GRAM_TILE]
         statistics.gram[start : start + _GRAM_TILE, start:].addmm_(rows.t(), tokens[:, start:])
-    return Statistics(
-        statistics.token_count + tokens.shape[0], statistics.abs_sum, statistics.max_abs, statistics.gram
-    )
+    return Statistics(statistics.token_count + tokens.shape[0], statistics.abs_sum, statistics.max_abs, statistics.gram)
 
 
 def finished(statistics: Statistics) -> Statistics:

@@ -1,10 +1,10 @@
 """One block, from weights in memory to packed codes and stored values, in named steps. It holds no formula.
 
-    prove     every fold of this kind, on this block's real weights
-    observe   one pass over the calibration rows: statistics of every input, and the next block's inputs
-    search    a channel scale per fold, codes for every linear, folds that did harm undone
-    check     held-out rows: the block as chosen against the block plainly rounded
-    store     the values of everything that goes to disk
+prove     every fold of this kind, on this block's real weights
+observe   one pass over the calibration rows: statistics of every input, and the next block's inputs
+search    a channel scale per fold, codes for every linear, folds that did harm undone
+check     held-out rows: the block as chosen against the block plainly rounded
+store     the values of everything that goes to disk
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def quantize_block(context: BlockContext, streams: Streams | None, stage: Stage)
     errors = held_out_errors(context, streams.held_out, (plain, choice))
     if errors[1] <= errors[0]:
         return _result(context, choice, refused, errors)
-    reason = f"held-out rows were worse than with plain rounding ({errors[1]:.3e} > {errors[0]:.3e}): block rounded plainly"
+    reason = (
+        f"held-out rows were worse than with plain rounding ({errors[1]:.3e} > {errors[0]:.3e}): block rounded plainly"
+    )
     undone = [replace(entry.decision, fallback=entry.decision.fallback or reason) for entry in choice.folds]
     return _result(context, plain, [*refused, *undone], (errors[0], errors[0]), reason)
 

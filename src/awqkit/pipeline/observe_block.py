@@ -23,7 +23,9 @@ def refuse_non_finite(context: BlockContext) -> None:
     for name, value in context.parameters.items():
         if not bool(torch.isfinite(value).all()):
             disk = context.skeleton.disk_name(f"{context.block_plan.path}.{name}")
-            raise CheckpointError(f"tensor {disk} holds NaN or inf: the checkpoint is damaged; nothing was kept of this run")
+            raise CheckpointError(
+                f"tensor {disk} holds NaN or inf: the checkpoint is damaged; nothing was kept of this run"
+            )
 
 
 def prove_folds(context: BlockContext) -> tuple[list[tuple[Fold, float]], list[FoldDecision]]:
@@ -44,7 +46,9 @@ def prove_folds(context: BlockContext) -> tuple[list[tuple[Fold, float]], list[F
             proved.append((fold, error))
         else:
             reason = f"not exact in this block: its output changes by {error:.1e} under powers of two"
-            refused.append(FoldDecision(fold.label, fold.kind, fold.consumers, fold.num_channels, error, fallback=reason))
+            refused.append(
+                FoldDecision(fold.label, fold.kind, fold.consumers, fold.num_channels, error, fallback=reason)
+            )
     return proved, refused
 
 

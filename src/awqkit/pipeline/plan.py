@@ -115,7 +115,9 @@ def plan_run(
             for name in partners:
                 reasons.setdefault(name, f"readers fuse it with {kept}, which stays in full precision")
     if len(reasons) == len(shapes):
-        raise UsageError(f"nothing is left to quantize: {len(shapes)} linears found, all kept ({next(iter(reasons.values()))})")
+        raise UsageError(
+            f"nothing is left to quantize: {len(shapes)} linears found, all kept ({next(iter(reasons.values()))})"
+        )
     general = LinearPlan(
         name="",
         shape=(0, 0),

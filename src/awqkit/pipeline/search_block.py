@@ -40,7 +40,9 @@ def choose_plainly(context: BlockContext, moments: Mapping[str, Tensor]) -> Choi
     """Plain rounding for every linear, no scales; moments only serve to report errors."""
     scaled = {view.name: ScaledWeight.unscaled(context.weight(view.name)) for view in context.structure.linears}
     quantized = {
-        name: quantize_linear(scaled[name], _moment(context, moments, name), replace(plan, clip="none", rounding="nearest"))
+        name: quantize_linear(
+            scaled[name], _moment(context, moments, name), replace(plan, clip="none", rounding="nearest")
+        )
         for name, plan in context.block_plan.linears.items()
         if plan.keep is None
     }
@@ -104,7 +106,9 @@ def _search(
         context.block_plan.linears[consumers[0]],
         ScaleChoices(recipe.scale_families, recipe.importance, recipe.alpha_search),
     )
-    keeps = len(consumers) < len(fold.consumers) or (fold.producer_linear is not None and context.kept(fold.producer_linear))
+    keeps = len(consumers) < len(fold.consumers) or (
+        fold.producer_linear is not None and context.kept(fold.producer_linear)
+    )
     stored = store_producer(
         fold, context.parameters, found.per_channel, context.plan.stored_dtype, keeps_full_precision=keeps
     )

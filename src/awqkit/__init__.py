@@ -1,0 +1,36 @@
+"""awqkit: low-bit checkpoints by activation-aware weight quantization, every choice proved and measured.
+
+    from awqkit import Recipe, quantize, load, evaluate
+
+Names are imported when first used, so that `import awqkit` does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "RunOptions", "__version__", "evaluate", "load", "quantize"]
+
+if TYPE_CHECKING:
+    from awqkit.api.evaluate import evaluate
+    from awqkit.api.load import load
+    from awqkit.api.quantize import quantize
+    from awqkit.options import RunOptions
+    from awqkit.recipe import Recipe
+
+_HOMES = {
+    "Recipe": "awqkit.recipe",
+    "RunOptions": "awqkit.options",
+    "evaluate": "awqkit.api.evaluate",
+    "load": "awqkit.api.load",
+    "quantize": "awqkit.api.quantize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'awqkit' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

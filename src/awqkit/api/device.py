@@ -1,0 +1,26 @@
+"""From the word in RunOptions to a torch device."""
+
+from __future__ import annotations
+
+import torch
+
+from awqkit.errors import UsageError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` means ("auto", "cpu", "cuda", "cuda:N"). Raises UsageError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is not known; it takes auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported; it takes auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"device {name!r}: this torch sees no CUDA device; use --device cpu, or install a CUDA build of torch"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    return device

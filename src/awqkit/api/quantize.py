@@ -1,0 +1,245 @@
+"""`quantize`: a full-precision checkpoint in, a low-bit checkpoint out."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from awqkit.api.device import choose_device
+from awqkit.calibration.rows import pack_rows, rows_from_ids
+from awqkit.calibration.sources import read_documents
+from awqkit.checkpoint.hub import resolve_model
+from awqkit.checkpoint.output import refuse_output
+from awqkit.checkpoint.reader import Checkpoint, refuse_quantized
+from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
+from awqkit.decisions import CalibrationSummary
+from awqkit.errors import CalibrationError, CheckpointError
+from awqkit.events import Caution, Emit, Notice, ignore_events
+from awqkit.formats.format import FORMATS, Format
+from awqkit.model.skeleton import Skeleton
+from awqkit.model.transformers_bridge import library_versions, load_config, load_text_encoder
+from awqkit.options import RunOptions
+from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.layout import OutputLayout, plan_output
+from awqkit.pipeline.plan import RunPlan, plan_run
+from awqkit.pipeline.run import Run, run
+from awqkit.recipe import Recipe
+from awqkit.report.card import model_card
+from awqkit.report.report import Report
+
+REPORT_FILE = "awqkit.json"
+TIMINGS_FILE = "awqkit-timings.json"
+_HELD_OUT_SHARE = 8  # one row held out for every so many calibration rows
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """directory: the written checkpoint. report: what was decided. seconds: wall time of the whole call."""
+
+    directory: Path
+    report: Report
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    calibration: TokenRows
+    held_out: TokenRows | None
+    summary: CalibrationSummary
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    calibration: str | Path | Sequence[Sequence[int]] | None = None,
+    exclude_modules: frozenset[str] = frozenset(),
+    options: RunOptions | None = None,
+    emit: Emit = ignore_events,
+) -> QuantizeResult:
+    """Quantize `model` (a folder or a hub id) into the new folder `out` and return what was decided.
+
+    recipe: the default preset where None. calibration: takes the place of `recipe.calibration`; or token rows, lists
+    of ids that include whatever the model expects at the start of a text. exclude_modules: standard library modules
+    that the builtin calibration text leaves out. Raises AwqkitError; `out` then does not exist.
+    """
+    started = time.monotonic()
+    recipe, options, out = recipe or Recipe(), options or RunOptions(), Path(out)
+    device = choose_device(options.device)
+    directory = resolve_model(model)
+    refuse_output(out, directory, options.overwrite)
+    checkpoint = Checkpoint.open(directory)
+    refuse_quantized(checkpoint)
+    written = FORMATS[recipe.format]
+    written.check(recipe)
+    config = load_config(directory, trust_remote_code=options.trust_remote_code)
+    rows = _calibration_rows(directory, recipe, calibration, exclude_modules, options)
+    if rows is not None:
+        emit(Notice(_rows_text(rows.summary)))
+    skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
+    _refuse_incomplete(checkpoint, skeleton)
+    stored_dtype = _stored_dtype(checkpoint, recipe)
+    plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, written.fused_partners)
+    if recipe.group_size is None and plan.group_size != 128:
+        emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
+    layout = plan_output(checkpoint, skeleton, plan, written)
+    settings = _quantization_config(skeleton, plan, layout, written, recipe)
+    shapes = {linear.name: linear.shape for linear in plan.linears if linear.keep is None}
+    cautions = tuple(written.cautions(shapes, plan.group_size))
+    for text in cautions:
+        emit(Caution(text))
+    job = Run(checkpoint, skeleton, recipe, plan, layout, written, device)
+    with CheckpointWriter(out, plan_layout(layout.specs), options.overwrite) as writer:
+        held_out = None if rows is None else rows.held_out
+        outcome = run(job, None if rows is None else rows.calibration, held_out, writer, emit)
+        report = Report(
+            model=_model_name(model),
+            recipe=recipe,
+            group_size=plan.group_size,
+            stored_dtype=str(stored_dtype).removeprefix("torch."),
+            device=device.type,
+            versions=_versions(),
+            calibration=None if rows is None else rows.summary,
+            blocks=outcome.blocks,
+            source_bytes=checkpoint.total_bytes,
+            written_bytes=sum(spec.num_bytes for spec in layout.specs),
+            packed_bytes=sum(spec.num_bytes for spec in layout.specs if spec.name not in layout.kept),
+            quantized_weights=sum(rows_ * columns for rows_, columns in shapes.values()),
+            dropped=layout.dropped,
+            cautions=cautions,
+        )
+        _write_companions(writer, checkpoint, settings, report)
+        seconds = time.monotonic() - started
+        writer.write_json(TIMINGS_FILE, {"seconds": seconds, "stages": outcome.seconds})
+        writer.commit()
+    return QuantizeResult(out, report, time.monotonic() - started)
+
+
+def _calibration_rows(
+    directory: Path,
+    recipe: Recipe,
+    calibration: str | Path | Sequence[Sequence[int]] | None,
+    exclude_modules: frozenset[str],
+    options: RunOptions,
+) -> _Rows | None:
+    if not recipe.needs_calibration:
+        return None
+    if calibration is not None and not isinstance(calibration, str | Path):
+        return _given_rows(calibration)
+    source = recipe.calibration if calibration is None else str(calibration)
+    encoder = load_text_encoder(directory, trust_remote_code=options.trust_remote_code)
+    documents = read_documents(source, render_chat=encoder.render_chat, exclude=exclude_modules)
+    rows = pack_rows(
+        documents.texts,
+        encoder.encode,
+        samples=recipe.samples,
+        held_out=max(1, recipe.samples // _HELD_OUT_SHARE),
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        start_tokens=encoder.start_tokens,
+        source=documents.label,
+    )
+    held_out = TokenRows(rows.held_out) if len(rows.held_out) else None
+    return _Rows(TokenRows(rows.calibration), held_out, rows.summary)
+
+
+def _given_rows(token_ids: Sequence[Sequence[int]]) -> _Rows:
+    """Rows of a caller's own ids; every ninth of them is held out, padding is masked."""
+    if not token_ids:
+        raise CalibrationError("calibration: an empty list of token rows; give at least one row of token ids")
+    ids, mask = rows_from_ids(token_ids)
+    held = torch.arange(len(ids)) % (_HELD_OUT_SHARE + 1) == _HELD_OUT_SHARE
+    parts = [TokenRows(ids[part], None if bool(mask.all()) else mask[part]) for part in (~held, held)]
+    used = int(mask.sum())
+    summary = CalibrationSummary(
+        source="token rows given by the caller",
+        documents_found=len(ids),
+        documents_used=len(ids),
+        tokens_found=used,
+        rows=int((~held).sum()),
+        held_out_rows=int(held.sum()),
+        tokens_per_row=ids.shape[1],
+        start_tokens=(),
+        tokens_used=used,
+    )
+    return _Rows(parts[0], parts[1] if bool(held.any()) else None, summary)
+
+
+def _rows_text(used: CalibrationSummary) -> str:
+    start = f", each starting with token {' '.join(map(str, used.start_tokens))}" if used.start_tokens else ""
+    return (
+        f"calibration: {used.rows} rows and {used.held_out_rows} held out, of {used.tokens_per_row} tokens{start}, from "
+        f"{used.documents_used} of {used.documents_found} documents of {used.source}; "
+        f"{used.tokens_used:,} tokens used, {used.tokens_left:,} left"
+    )
+
+
+def _refuse_incomplete(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    missing = skeleton.missing()
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(missing)} tensors that the model needs are not in the checkpoint, the first is "
+            f"{missing[0]}; fetch the checkpoint again"
+        )
+
+
+def _stored_dtype(checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
+    """The recipe's dtype, else that of most of the source's float bytes, with float32 written as bfloat16."""
+    if recipe.dtype is not None:
+        return getattr(torch, recipe.dtype)
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.spec.dtype.is_floating_point:
+            sizes[tensor.spec.dtype] = sizes.get(tensor.spec.dtype, 0) + tensor.spec.num_bytes
+    source = max(sizes, key=lambda dtype: sizes[dtype], default=torch.bfloat16)
+    return source if source in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def _quantization_config(
+    skeleton: Skeleton, plan: RunPlan, layout: OutputLayout, written: Format, recipe: Recipe
+) -> dict[str, object]:
+    packed = set(layout.packed.values())
+    everything, kept = [], []
+    for linear in plan.linears:
+        disk = skeleton.disk_name(f"{linear.name}.weight")
+        disk_path = linear.name if disk is None else disk.removesuffix(".weight")
+        everything += sorted({linear.name, disk_path})
+        if disk_path not in packed:
+            kept += sorted({linear.name, disk_path})
+    outside = skeleton.linears_outside_blocks()
+    unwatched = [
+        f"{block.path}.{name.removesuffix('.weight')}" for block in plan.blocks for name in block.structure.unwatched
+    ]
+    return written.quantization_config(
+        recipe.bits, plan.group_size, [*kept, *unwatched, *outside], [*everything, *unwatched, *outside]
+    )
+
+
+def _write_companions(
+    writer: CheckpointWriter, checkpoint: Checkpoint, settings: dict[str, object], report: Report
+) -> None:
+    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+    writer.write_json("config.json", {**config, "dtype": report.stored_dtype, "quantization_config": settings})
+    for name in checkpoint.other_files():
+        writer.copy_file(checkpoint.directory / name, name)
+    card = checkpoint.directory / "README.md"
+    source_card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    writer.write_text("README.md", model_card(report, source_card))
+    writer.write_json(REPORT_FILE, report.to_json())
+
+
+def _model_name(model: str | Path) -> str:
+    """A hub id as it is; of a folder its last part, since the way there is nobody's business."""
+    return Path(model).resolve().name if Path(model).is_dir() else str(model)
+
+
+def _versions() -> dict[str, str]:
+    from awqkit import __version__
+
+    return {"awqkit": __version__, **library_versions(), "python": platform.python_version()}

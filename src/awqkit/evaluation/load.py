@@ -1,0 +1,94 @@
+"""A checkpoint folder as a transformers model: full precision as it is, quantized with packed linears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from awqkit.checkpoint.reader import Checkpoint
+from awqkit.errors import CheckpointError
+from awqkit.evaluation.packed_linear import PackedLinear
+from awqkit.formats.format import stored_format
+from awqkit.model.skeleton import names_on_disk
+from awqkit.model.transformers_bridge import empty_model, finish_loading, full_model, load_config
+from awqkit.numerics.grid import QuantizedWeight
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, *, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model of a folder in eval mode on `device`; dtype: of everything that is not packed, None for the stored one.
+
+    Raises CheckpointError for a format that is not ours to read, and where tensors are missing.
+    """
+    found = stored_format(checkpoint.config)
+    dtype = dtype or stored_dtype(checkpoint.config)
+    if found is None:
+        return full_model(checkpoint.directory, dtype, device, trust_remote_code=trust_remote_code)
+    stored, settings = found
+    config = load_config(checkpoint.directory, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    packed = stored.quantized_linears(checkpoint.names)
+    paths = _module_paths(model, packed)
+    for disk_path, path in paths.items():
+        tensors = {name: checkpoint.read(name) for name in stored.tensor_names(disk_path)}
+        weight = stored.unpack(disk_path, tensors, settings)
+        weight = _on_device(weight, device)
+        bias_name = f"{disk_path}.bias"
+        bias = checkpoint.read(bias_name).to(device) if bias_name in checkpoint.tensors else None
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, PackedLinear(weight, bias, dtype))
+    _fill_rest(model, checkpoint, paths, dtype, device)
+    return finish_loading(model, checkpoint.directory)
+
+
+def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that config.json names, float32 where it names none."""
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, str(name).removeprefix("torch."), torch.float32)
+
+
+def _on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    grid = replace(
+        weight.grid, group_scale=weight.grid.group_scale.to(device), group_zero=weight.grid.group_zero.to(device)
+    )
+    return replace(weight, codes=weight.codes.to(device), grid=grid)
+
+
+def _module_paths(model: nn.Module, disk_paths: list[str]) -> dict[str, str]:
+    """Linear path on disk -> module path in the model, by the same rule as every other tensor."""
+    weights = names_on_disk(model, [f"{path}.weight" for path in disk_paths])
+    paths = {disk.removesuffix(".weight"): name.removesuffix(".weight") for name, disk in weights.items()}
+    lost = [path for path in disk_paths if path not in paths]
+    if lost:
+        raise CheckpointError(f"quantized linear {lost[0]} has no counterpart in the model that config.json describes")
+    return paths
+
+
+def _fill_rest(
+    model: nn.Module, checkpoint: Checkpoint, paths: Mapping[str, str], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Every other parameter and buffer; a shared parameter is filled once, wherever it is used."""
+    on_disk = names_on_disk(model, checkpoint.names)
+    filled: dict[int, nn.Parameter] = {}
+    for name, value in list(model.named_parameters(remove_duplicate=False)):
+        if name in on_disk and id(value) not in filled:
+            filled[id(value)] = nn.Parameter(checkpoint.read(on_disk[name]).to(device, dtype), requires_grad=False)
+    for name, value in list(model.named_parameters(remove_duplicate=False)):
+        if id(value) not in filled:
+            raise CheckpointError(f"{checkpoint.directory}: no tensor for {name}, which the model needs")
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._parameters[leaf] = filled[id(value)]
+    packed = tuple(f"{path}." for path in paths.values())
+    for name, value in list(model.named_buffers()):
+        if name.startswith(packed):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        held = checkpoint.read(on_disk[name]) if name in on_disk else value
+        model.get_submodule(parent)._buffers[leaf] = held.to(device)

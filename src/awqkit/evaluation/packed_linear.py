@@ -1,0 +1,58 @@
+"""A linear that holds its weight in 4 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from awqkit.kernels.int4_matmul import PackedInt4, dequantize_matmul, int4_matmul, kernel_takes, pack_for_kernel
+from awqkit.numerics.grid import Grid, QuantizedWeight
+
+
+class PackedLinear(nn.Module):
+    """y = x · Wᵀ + bias, W on a grid of at most 4 bits; two codes a byte, or the int4 kernel's own layout.
+
+    The kernel is used in bfloat16 where it takes the shape (`kernels.int4_matmul`), everything else is dequantized.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        grid = weight.grid
+        self.out_features, self.in_features = weight.codes.shape
+        self.bits, self.group_size, self.symmetric = grid.bits, grid.group_size, grid.symmetric
+        kernel = kernel_takes(weight.codes.device, dtype, self.out_features, self.in_features, grid.group_size)
+        if kernel:
+            packed = pack_for_kernel(weight.codes, grid.group_scale, grid.group_zero, grid.group_size)
+            self.register_buffer("layout", packed.layout)
+            self.register_buffer("offsets", packed.offsets)
+        else:
+            self.register_buffer("nibbles", weight.codes[:, ::2] << 4 | weight.codes[:, 1::2])
+            self.register_buffer("group_scale", grid.group_scale)
+            self.register_buffer("group_zero", grid.group_zero.to(torch.uint8))
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+
+    @property
+    def uses_kernel(self) -> bool:
+        """Whether products go through torch's int4 kernel."""
+        return hasattr(self, "layout")
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Codes and grid, exact; only where no kernel is used, whose layout is opaque."""
+        grid = Grid(self.bits, self.group_size, self.symmetric, self.group_scale.float(), self.group_zero.float())
+        return QuantizedWeight(self._codes(), grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., in]` -> `[..., out]` in the dtype of x."""
+        if self.uses_kernel:
+            product = int4_matmul(x, PackedInt4(self.layout, self.offsets, self.group_size))
+        else:
+            product = dequantize_matmul(x, self._codes(), self.group_scale, self.group_zero, self.group_size)
+        return product if self.bias is None else product + self.bias
+
+    def extra_repr(self) -> str:
+        """Shape and grid, for `print(model)`."""
+        how = "int4 kernel" if self.uses_kernel else "dequantized"
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}, {how}"
+
+    def _codes(self) -> Tensor:
+        return torch.stack([self.nibbles >> 4, self.nibbles & 15], dim=-1).reshape(self.out_features, self.in_features)

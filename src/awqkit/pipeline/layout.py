@@ -1,0 +1,53 @@
+"""Which tensors the output holds, settled before the first is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from awqkit.checkpoint.header import TensorSpec
+from awqkit.checkpoint.reader import Checkpoint
+from awqkit.formats.format import Format
+from awqkit.model.skeleton import Skeleton
+from awqkit.pipeline.plan import RunPlan
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayout:
+    """Every tensor of the source is accounted for: packed, kept, or dropped with a reason.
+
+    specs: the output's tensors in order. packed: disk name of a weight -> path of its linear on disk.
+    kept: disk name -> dtype it is written in. dropped: disk name -> why.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    packed: dict[str, str]
+    kept: dict[str, torch.dtype]
+    dropped: dict[str, str]
+
+
+def plan_output(checkpoint: Checkpoint, skeleton: Skeleton, plan: RunPlan, written: Format) -> OutputLayout:
+    """The output's tensors, in the order of the source's."""
+    shapes = {}
+    for block in plan.blocks:
+        for name, linear in block.linears.items():
+            if linear.keep is None:
+                disk = skeleton.disk_name(f"{block.path}.{block.structure.linear(name).weight}")
+                assert disk is not None
+                shapes[disk] = linear.shape
+    parameters, duplicates = skeleton.parameters_on_disk(), skeleton.tied_duplicates()
+    specs: list[TensorSpec] = []
+    packed, kept, dropped = {}, {}, {}
+    for name in checkpoint.names:
+        if name in duplicates:
+            dropped[name] = f"tied to {duplicates[name]}"
+        elif name in shapes:
+            packed[name] = name.removesuffix(".weight")
+            parts = written.tensor_specs(packed[name], *shapes[name], plan.group_size, plan.stored_dtype)
+            specs += [TensorSpec(part, dtype, shape) for part, (dtype, shape) in parts.items()]
+        else:
+            dtype = checkpoint.dtype(name)
+            kept[name] = plan.stored_dtype if name in parameters and dtype.is_floating_point else dtype
+            specs.append(TensorSpec(name, kept[name], checkpoint.shape(name)))
+    return OutputLayout(tuple(specs), packed, kept, dropped)

@@ -1,0 +1,119 @@
+"""Flags and recipe files become the Recipe and RunOptions that the api gets; the result is printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from awqkit import recipe as recipe_module
+from awqkit.cli import quantize as verb
+from awqkit.options import RunOptions
+from awqkit.recipe import Recipe
+
+
+@pytest.mark.parametrize(
+    ("flags", "recipe"),
+    [
+        ((), Recipe()),
+        (("--bits", "3"), Recipe(bits=3)),
+        (("--group-size", "64"), Recipe(group_size=64)),
+        (("--symmetric",), Recipe(symmetric=True)),
+        (("--asymmetric",), Recipe(symmetric=False)),
+        (("--quality", "fast"), Recipe.preset("fast")),
+        (("--method", "rtn"), Recipe.method("rtn")),
+        (("--method", "awq"), Recipe.method("awq")),
+        (("--alpha-search", "layer"), Recipe(alpha_search="layer")),
+        (("--importance", "mean-abs"), Recipe(importance="mean-abs")),
+        (("--clip",), Recipe(clip="ends")),
+        (("--no-clip",), Recipe(clip="none")),
+        (("--method", "rtn", "--clip"), Recipe.method("rtn", clip="ends")),
+        (("--dtype", "float16"), Recipe(dtype="float16")),
+        (("--dtype", "bf16"), Recipe(dtype="bfloat16")),
+        (("--calibration", "mine.txt"), Recipe(calibration="mine.txt")),
+        (("--samples", "16", "--seq-len", "256"), Recipe(samples=16, seq_len=256)),
+        (("--seed", "7"), Recipe(seed=7)),
+        (("--ignore", "*.a", "--ignore", "*.b"), Recipe(ignore=("*.a", "*.b"))),
+    ],
+)
+def test_flags_become_the_recipe(awqkit, api, flags, recipe):
+    assert awqkit("quantize", "MODEL", "OUT", *flags).code == 0
+    (call,) = api.calls
+    assert call.recipe == recipe
+    assert (str(call.model), str(call.out)) == ("MODEL", "OUT")
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ((), RunOptions()),
+        (("--device", "cpu"), RunOptions(device="cpu")),
+        (("--overwrite",), RunOptions(overwrite=True)),
+        (("--trust-remote-code",), RunOptions(trust_remote_code=True)),
+    ],
+)
+def test_flags_become_the_run_options(awqkit, api, flags, options):
+    assert awqkit("quantize", *flags, "MODEL", "OUT").code == 0
+    assert api.calls[0].options == options
+
+
+def test_choices_offered_are_those_of_the_recipe():
+    assert set(verb.QUALITIES) == set(recipe_module._PRESETS)
+    assert set(verb.METHODS) == set(recipe_module._METHODS)
+    assert recipe_module._CHOICES["importance"] == verb.IMPORTANCES
+    assert recipe_module._CHOICES["alpha_search"] == verb.ALPHA_SEARCHES
+
+
+@pytest.mark.parametrize(
+    ("toml", "flags", "recipe"),
+    [
+        ("bits = 3\nseed = 5", (), Recipe(bits=3, seed=5)),
+        ("bits = 3\nseed = 5", ("--seed", "9"), Recipe(bits=3, seed=9)),
+        ("symmetric = true", ("--asymmetric",), Recipe(symmetric=False)),
+        ('clip = "none"', ("--clip",), Recipe(clip="ends")),
+        ('ignore = ["*.a"]', (), Recipe(ignore=("*.a",))),
+        ('ignore = ["*.a"]', ("--ignore", "*.b"), Recipe(ignore=("*.b",))),
+        ('method = "awq"', (), Recipe.method("awq")),
+        ('quality = "fast"', ("--method", "rtn"), Recipe.method("rtn")),
+        ('method = "rtn"\nbits = 3', ("--quality", "fast"), Recipe.preset("fast", bits=3)),
+        ('method = "rtn"', ("--method", "awq"), Recipe.method("awq")),
+    ],
+)
+def test_flags_win_over_the_recipe_file(awqkit, api, toml, flags, recipe):
+    Path("r.toml").write_text(toml)
+    assert awqkit("quantize", "MODEL", "OUT", "--recipe", "r.toml", *flags).code == 0
+    assert api.calls[0].recipe == recipe
+
+
+def test_result_goes_to_stdout_and_progress_to_stderr(awqkit):
+    outcome = awqkit("quantize", "my model", "OUT")
+    assert "the report → text" in outcome.out
+    assert "Saved OUT (1.50 kB) after 12.3 s, with 3 fallbacks." in outcome.out
+    assert "vllm serve OUT" in outcome.out
+    assert "--reference 'my model'" in outcome.out
+    assert outcome.err.splitlines() == [
+        "group size 64",
+        "block 0/2",
+        "block 1/2  4.2 s  output error 0.0123 -> 0.0061  left 0:00",
+        "block 2/2  4.0 s  3 fell back",
+    ]
+
+
+def test_quiet_prints_the_result_alone(awqkit):
+    outcome = awqkit("quantize", "MODEL", "OUT", "--quiet")
+    assert outcome.err == ""
+    assert "the report" in outcome.out
+    assert "Next" not in outcome.out
+
+
+def test_json_holds_the_report(awqkit):
+    assert awqkit("quantize", "MODEL", "OUT", "--json", "r.json").code == 0
+    assert json.loads(Path("r.json").read_text()) == {"blocks": 2}
+
+
+def test_flags_that_the_method_does_not_read_are_named(awqkit):
+    outcome = awqkit("quantize", "M", "O", "--method", "rtn", "--importance", "square", "--calibration", "t.txt")
+    assert outcome.code == 0
+    assert "--importance not used: rtn searches no channel scales" in outcome.err
+    assert "--calibration not used: rtn looks at no text" in outcome.err
