@@ -58,7 +58,7 @@ CONFIG = {
 
 
 def read_text(stdlib: Path | None, docs: Path | None) -> tuple[list[str], list[str]]:
-    """Training and held-out documents: the library in `stdlib` (None: this Python's) and the pages in `docs`."""
+    """Training and held-out documents: the library in `stdlib` (None: this Python's) and pages in `docs`."""
     unseen = {*HELD_OUT_MODULES, *(f"test_{name}" for name in HELD_OUT_MODULES)}
     library, tests, held_out = [], [], []
     for file in module_files(stdlib, skip=NOT_TEXT):
@@ -113,16 +113,14 @@ def make_model(tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
 
 
 def add_dropout(model: LlamaForCausalLM) -> list[RemovableHandle]:
-    """Dropout on what the layers add to the residual stream and on the embeddings; Llama has none of its own."""
+    """Dropout on what layers add to the residual stream and on the embeddings; Llama has none of its own."""
     layers = model.model.layers
     sources = [
         model.model.embed_tokens,
         *(x for layer in layers for x in (layer.self_attn.o_proj, layer.mlp.down_proj)),
     ]
     return [
-        source.register_forward_hook(
-            lambda module, _, output: dropout(output, DROPOUT, training=module.training)
-        )
+        source.register_forward_hook(lambda module, _, output: dropout(output, DROPOUT, training=module.training))
         for source in sources
     ]
 
@@ -189,9 +187,7 @@ def train(model: LlamaForCausalLM, ids: Tensor, held_out: Tensor, bos: int, args
             with autocast:
                 perplexity = held_out_perplexity(model, held_out, bos, HELD_OUT_ROWS_PER_ROW * args.rows)
             seconds = time.perf_counter() - started
-            print(
-                f"step {step + 1} loss {loss.item():.4f} held-out perplexity {perplexity:.3f} {seconds:.1f} s"
-            )
+            print(f"step {step + 1} loss {loss.item():.4f} held-out perplexity {perplexity:.3f} {seconds:.1f} s")
     for handle in dropouts:
         handle.remove()
     model.eval()
@@ -214,20 +210,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the model that `awqkit demo` quantizes.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=2400, help="optimizer steps (default %(default)s)")
-    parser.add_argument(
-        "--rows", type=int, default=64, help=f"rows of {SEQ_LEN} tokens a step (default %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="starting weights and choice of rows (default %(default)s)"
-    )
+    parser.add_argument("--rows", type=int, default=64, help=f"rows of {SEQ_LEN} tokens a step (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="starting weights and choice of rows (default %(default)s)")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="default %(default)s")
-    parser.add_argument(
-        "--stdlib", type=Path, help="a standard library folder (default: the running Python's)"
-    )
+    parser.add_argument("--stdlib", type=Path, help="a standard library folder (default: the running Python's)")
     parser.add_argument("--docs", type=Path, help="a folder of documentation sources, .rst or .rst.txt")
-    parser.add_argument(
-        "--max-documents", type=int, help="use only the first so many documents, for a trial run"
-    )
+    parser.add_argument("--max-documents", type=int, help="use only the first so many documents, for a trial run")
     return parser.parse_args()
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from awqkit.api.device import choose_device
+from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
 from awqkit.calibration.rows import pack_rows, rows_from_ids
 from awqkit.calibration.sources import read_documents
 from awqkit.checkpoint.hub import resolve_model
@@ -18,7 +20,7 @@ from awqkit.checkpoint.output import refuse_output
 from awqkit.checkpoint.reader import Checkpoint, refuse_quantized
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
 from awqkit.decisions import CalibrationSummary
-from awqkit.errors import CalibrationError, CheckpointError
+from awqkit.errors import CalibrationError
 from awqkit.events import Caution, Emit, Notice, ignore_events
 from awqkit.formats.format import FORMATS, Format
 from awqkit.model.skeleton import Skeleton
@@ -79,20 +81,24 @@ def quantize(
     written = FORMATS[recipe.format]
     written.check(recipe)
     config = load_config(directory, trust_remote_code=options.trust_remote_code)
+    skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
+    refuse_incomplete(checkpoint, skeleton)
+    refuse_misfit(checkpoint, skeleton)
     rows = _calibration_rows(directory, recipe, calibration, exclude_modules, options)
     if rows is not None:
+        refuse_unknown_tokens(rows.calibration, skeleton)
         emit(Notice(_rows_text(rows.summary)))
-    skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
-    _refuse_incomplete(checkpoint, skeleton)
     stored_dtype = _stored_dtype(checkpoint, recipe)
     plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, written.fused_partners)
     if recipe.group_size is None and plan.group_size != 128:
         emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
     layout = plan_output(checkpoint, skeleton, plan, written)
+    for text in _unused_tensors(skeleton, layout):
+        emit(Notice(text))
     settings = _quantization_config(skeleton, plan, layout, written, recipe)
     shapes = {linear.name: linear.shape for linear in plan.linears if linear.keep is None}
     cautions = tuple(written.cautions(shapes, plan.group_size))
-    for text in cautions:
+    for text in (*_idle_globs(recipe, plan, skeleton), *cautions):
         emit(Caution(text))
     job = Run(checkpoint, skeleton, recipe, plan, layout, written, device)
     with CheckpointWriter(out, plan_layout(layout.specs), options.overwrite) as writer:
@@ -100,7 +106,7 @@ def quantize(
         outcome = run(job, None if rows is None else rows.calibration, held_out, writer, emit)
         report = Report(
             model=_model_name(model),
-            recipe=recipe,
+            recipe=recipe if rows is None else replace(recipe, calibration=rows.summary.source),
             group_size=plan.group_size,
             stored_dtype=str(stored_dtype).removeprefix("torch."),
             device=device.type,
@@ -146,7 +152,8 @@ def _calibration_rows(
         source=documents.label,
     )
     held_out = TokenRows(rows.held_out) if len(rows.held_out) else None
-    return _Rows(TokenRows(rows.calibration), held_out, rows.summary)
+    name = Path(source).name if Path(source).expanduser().exists() else source  # the way there is nobody's business
+    return _Rows(TokenRows(rows.calibration), held_out, replace(rows.summary, source=name))
 
 
 def _given_rows(token_ids: Sequence[Sequence[int]]) -> _Rows:
@@ -180,13 +187,24 @@ def _rows_text(used: CalibrationSummary) -> str:
     )
 
 
-def _refuse_incomplete(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
-    missing = skeleton.missing()
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.directory}: {len(missing)} tensors that the model needs are not in the checkpoint, the first is "
-            f"{missing[0]}; fetch the checkpoint again"
-        )
+def _idle_globs(recipe: Recipe, plan: RunPlan, skeleton: Skeleton) -> list[str]:
+    """A line for every glob of `ignore` that matches nothing, which was hardly meant."""
+    linears = [*(linear.name for linear in plan.linears), *skeleton.linears_outside_blocks()]
+    return [
+        f"--ignore {glob} matches no linear; it is a glob on full module paths, such as {linears[0]}"
+        for glob in recipe.ignore
+        if not any(fnmatch.fnmatchcase(linear, glob) for linear in linears)
+    ]
+
+
+def _unused_tensors(skeleton: Skeleton, layout: OutputLayout) -> list[str]:
+    """A line about tensors that the model does not know, if there are any."""
+    known = {skeleton.disk_name(name) for name in skeleton.names()}
+    unused = [name for name in layout.kept if name not in known]
+    if not unused:
+        return []
+    more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+    return [f"copied as they are, the model does not use them: {unused[0]}{more}"]
 
 
 def _stored_dtype(checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:

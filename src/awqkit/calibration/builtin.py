@@ -30,9 +30,7 @@ MIN_DOCSTRING_CHARS = 200  # less is a line that says what the module is for
 MIN_TOTAL_CHARS = 100_000  # about 25 000 tokens: with less, the library is not really there
 
 # Installed programs, tables of numbers, compiled modules, and the topics, which are read as prose.
-NOT_TEXT = frozenset(
-    {"site-packages", "dist-packages", "__pycache__", "encodings", "lib-dynload", "pydoc_data"}
-)
+NOT_TEXT = frozenset({"site-packages", "dist-packages", "__pycache__", "encodings", "lib-dynload", "pydoc_data"})
 # Text, but of little use or missing from many installations.
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "turtledemo"})
 # Of this machine, not of Python: the text would differ for no good reason.
@@ -52,9 +50,7 @@ def stdlib_folder() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def module_files(
-    folder: Path | None = None, skip: frozenset[str] = NOT_TEXT | NOT_LIBRARY
-) -> list[ModuleFile]:
+def module_files(folder: Path | None = None, skip: frozenset[str] = NOT_TEXT | NOT_LIBRARY) -> list[ModuleFile]:
     """The library's source files, sorted by path; nothing inside a folder named in `skip`."""
     folder = stdlib_folder() if folder is None else folder
     found = []
@@ -114,9 +110,7 @@ def builtin_documents(exclude: frozenset[str] = frozenset()) -> list[str]:
     Raises CalibrationError where this Python has next to no sources.
     """
     files = [file for file in module_files() if not belongs_to(file.name, exclude)]
-    prose = (
-        text for file in files[::2] if len(text := _docstrings(read_source(file))) >= MIN_DOCSTRING_CHARS
-    )
+    prose = (text for file in files[::2] if len(text := _docstrings(read_source(file))) >= MIN_DOCSTRING_CHARS)
     sources = (_head(text) for file in files[1::2] if (text := read_source(file)))
     documents = list(_in_turn(topics(), prose, sources))
     found = sum(map(len, documents))

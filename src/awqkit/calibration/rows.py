@@ -86,16 +86,14 @@ def pack_rows(
     Raises CalibrationError where the text has fewer than `samples` windows.
     """
     if samples < 1 or held_out < 0:
-        raise CalibrationError(
-            f"{samples} calibration and {held_out} held-out rows: at least 1 and 0 are needed"
-        )
+        raise CalibrationError(f"{samples} calibration and {held_out} held-out rows: at least 1 and 0 are needed")
     window = _window_length(seq_len, start_tokens)
     stream = token_stream(documents, encode)
     windows = cut_windows(stream.ids, seq_len, start_tokens)
     if len(windows) < samples:
         raise CalibrationError(
-            f"{source}: {len(stream.ids)} tokens found, {samples} rows of {seq_len} tokens need "
-            f"{samples * window}; pass fewer --samples, a shorter --seq-len or more text"
+            f"{source}: {len(stream.ids)} tokens found, but {samples} rows of {seq_len} tokens need {samples * window}"
+            f"{' beside their start tokens' if start_tokens else ''}; give more text, or a smaller --samples or --seq-len"
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     chosen = order[: samples + held_out]
@@ -135,8 +133,7 @@ def _window_length(seq_len: int, start_tokens: Sequence[int]) -> int:
     window = seq_len - len(start_tokens)
     if window < 1:
         raise CalibrationError(
-            f"--seq-len {seq_len} leaves no room for text after {len(start_tokens)} start tokens; "
-            "pass a longer one"
+            f"--seq-len {seq_len} leaves no room for text after {len(start_tokens)} start tokens; pass a longer one"
         )
     return window
 

@@ -22,9 +22,7 @@ from awqkit.errors import CalibrationError
 
 BUILTIN = "builtin"
 DOCUMENT_SEPARATOR = "<|endoftext|>"
-MAX_HUB_DOCUMENTS = (
-    4096  # streamed, so a dataset of any size costs only this many; plenty for 128 rows of 2048
-)
+MAX_HUB_DOCUMENTS = 4096  # streamed, so a dataset of any size costs only this many; plenty for 128 rows of 2048
 FILE_SUFFIXES = (".txt", ".jsonl")
 
 RenderChat = Callable[[list[dict[str, Any]]], str]
@@ -67,15 +65,11 @@ def _looks_like_path(source: str) -> bool:
 
 def _read_file(path: Path, render_chat: RenderChat | None) -> list[str]:
     if not path.exists():
-        raise CalibrationError(
-            f"{path}: no such file; give a .txt or .jsonl file, `{BUILTIN}` or a hub dataset's name"
-        )
+        raise CalibrationError(f"{path}: no such file; give a .txt or .jsonl file, `{BUILTIN}` or a hub dataset's name")
     if path.is_dir():
         raise CalibrationError(f"{path}: is a folder; give one .txt or .jsonl file in it")
     if path.suffix.lower() not in FILE_SUFFIXES:
-        raise CalibrationError(
-            f"{path}: only .txt and .jsonl files are read; convert it, or rename plain text to .txt"
-        )
+        raise CalibrationError(f"{path}: only .txt and .jsonl files are read; convert it, or rename plain text to .txt")
     text = _decode(path)
     if path.suffix.lower() == ".txt":
         return text.split(DOCUMENT_SEPARATOR)
@@ -88,13 +82,10 @@ def _decode(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); "
-            "convert it to UTF-8"
+            f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); convert it to UTF-8"
         ) from error
     except OSError as error:
-        raise CalibrationError(
-            f"{path}: cannot be read ({error.strerror}); check the file's permissions"
-        ) from error
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror}); check the file's permissions") from error
     if "\0" in text:
         raise CalibrationError(f"{path}: has NUL bytes, so it is a binary file; give UTF-8 text")
     if not text.strip():
@@ -115,9 +106,7 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             ) from error
 
 
-def _texts_of(
-    records: Iterable[tuple[int, Any]], source: str, unit: str, render_chat: RenderChat | None
-) -> list[str]:
+def _texts_of(records: Iterable[tuple[int, Any]], source: str, unit: str, render_chat: RenderChat | None) -> list[str]:
     """The text of each numbered record, from its `text` or its `messages`."""
     texts = []
     for number, record in records:
@@ -135,11 +124,7 @@ def _texts_of(
 
 
 def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(m, dict) and "role" in m for m in messages)
-    )
+    return isinstance(messages, list) and bool(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
 
 
 def _render(messages: list[dict[str, Any]], where: str, render_chat: RenderChat | None) -> str:
@@ -150,9 +135,7 @@ def _render(messages: list[dict[str, Any]], where: str, render_chat: RenderChat 
     try:
         return render_chat(messages)
     except Exception as error:  # a template is a program of the model's author and may raise anything
-        raise CalibrationError(
-            f"{where}: the tokenizer's chat template refused it ({_one_line(error)})"
-        ) from error
+        raise CalibrationError(f"{where}: the tokenizer's chat template refused it ({_one_line(error)})") from error
 
 
 def _stream_hub(source: str) -> Iterator[tuple[int, Any]]:
@@ -161,8 +144,7 @@ def _stream_hub(source: str) -> Iterator[tuple[int, Any]]:
         from datasets import load_dataset
     except ImportError as error:
         raise CalibrationError(
-            f"{source}: no such file, and reading a hub dataset needs a package: "
-            "pip install 'awqkit[datasets]'"
+            f"{source}: no such file, and reading a hub dataset needs a package: pip install 'awqkit[datasets]'"
         ) from error
     name, _, configuration = source.partition(":")
     try:

@@ -112,7 +112,7 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _corrupt(file, f"the header is not JSON ({error})") from error
+        raise _corrupt(file, "the header is not JSON") from error
     if not isinstance(entries, dict):
         raise _corrupt(file, "the header is not a JSON object")
     entries.pop("__metadata__", None)

@@ -122,7 +122,7 @@ def check_device(device: str) -> None:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(device.partition(":")[2] or 0)
     if index >= count:
-        found = f"only {count} of them" if count else "none"
+        found = f"only {count} CUDA device{'s' if count > 1 else ''}" if count else "no CUDA device"
         raise UsageError(f"--device {device}: torch {torch.__version__} finds {found} here; use --device cpu or auto")
 
 

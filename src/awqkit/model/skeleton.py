@@ -94,6 +94,17 @@ class Skeleton:
         """Disk names of the model's parameters; anything else on disk is a buffer, or unknown to the model."""
         return frozenset(disk for name, disk in self._on_disk.items() if not _is_buffer(self._model, name))
 
+    def shapes_on_disk(self) -> dict[str, tuple[int, ...]]:
+        """Disk name -> the shape that the model gives each of its parameters there."""
+        parameters = self.parameters_on_disk()
+        named = ((disk, self._parameter(name)) for name, disk in self._on_disk.items() if disk in parameters)
+        return {disk: tuple(value.shape) for disk, value in named}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many token ids the model has an embedding for."""
+        return self._model.get_input_embeddings().weight.shape[0]
+
     def tied_duplicates(self) -> dict[str, str]:
         """Disk name -> disk name it is tied to, for parameters that the model shares and the checkpoint has twice."""
         first: dict[int, str] = {}

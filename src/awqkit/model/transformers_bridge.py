@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 from torch import nn
 
 from awqkit.errors import CheckpointError, ModelError
+
+_GIST_CHARS = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,10 @@ def load_text_encoder(directory: Path, *, trust_remote_code: bool = False) -> Te
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean the same to the user
-        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{directory}: the tokenizer cannot be loaded ({type(error).__name__}: {_gist(error)}); "
+            "copy the tokenizer files of the original model into it again"
+        ) from error
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -73,38 +80,60 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
-        text = _first_line(error)
         if "trust_remote_code" in str(error):
-            raise CheckpointError(
-                f"{directory}: this model runs code of its own (auto_map in config.json); "
-                "read that code, then pass --trust-remote-code"
-            ) from error
-        raise CheckpointError(f"{directory}: transformers cannot read config.json ({text})") from error
+            raise _needs_trust(directory) from error
+        raise CheckpointError(
+            f"{directory / 'config.json'}: transformers cannot use it ({_gist(error)}); "
+            "fetch it again, or try a newer transformers (pip install -U transformers)"
+        ) from error
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model of `config` in eval mode, parameters on the meta device, buffers computed for real."""
+    """The causal language model of `config` in eval mode, parameters on the meta device, buffers computed for real.
+
+    Raises ModelError where transformers has no decoder-only model for it, CheckpointError where it cannot build one.
+    """
+    where = getattr(config, "name_or_path", "") or "this model"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{where}: model_type {config.model_type!r} is an encoder-decoder model; awqkit takes decoder-only ones"
+        )
+    try:
+        try:
+            return _build_empty(config, "sdpa", trust_remote_code)
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            return _build_empty(config, "eager", trust_remote_code)
+    except Exception as error:  # transformers and a model's own code raise many kinds
+        if "trust_remote_code" in str(error):
+            raise _needs_trust(where) from error
+        if "Unrecognized configuration class" in str(error):
+            raise ModelError(
+                f"{where}: transformers has no causal language model for model_type {config.model_type!r}; "
+                "awqkit takes decoder-only models"
+            ) from error
+        raise CheckpointError(
+            f"{where}: transformers cannot build the model that config.json describes "
+            f"({type(error).__name__}: {_gist(error)}); fetch config.json again, or try a newer transformers"
+        ) from error
+
+
+def _build_empty(config: Any, attention: str, trust_remote_code: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-            )
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise CheckpointError(
-                "this model runs code of its own (auto_map in config.json); read it, then pass --trust-remote-code"
-            ) from error
-        if "scaled_dot_product_attention" not in str(error):
-            raise ModelError(
-                f"not a causal language model that transformers can build ({_first_line(error)})"
-            ) from error
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
-            )
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
     return model.eval()
+
+
+def _needs_trust(where: object) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: this model runs code of its own (auto_map in config.json); "
+        "read that code, then pass --trust-remote-code"
+    )
 
 
 def full_model(
@@ -154,9 +183,14 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def _gist(error: BaseException) -> str:
+    """An error of another library in one line: its first sentence, and more of them as far as they fit."""
+    first, *others = re.split(r"(?<=[.!?]) +", " ".join(str(error).split()))
+    for sentence in others:
+        if len(first) + len(sentence) > _GIST_CHARS:
+            break
+        first = f"{first} {sentence}"
+    return first[: 2 * _GIST_CHARS].rstrip(".: ") or type(error).__name__
 
 
 def library_versions() -> dict[str, str]:
@@ -173,3 +207,31 @@ def finish_loading(model: nn.Module, directory: Path) -> nn.Module:
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.eval()
+
+
+def write_dequantized_gguf(gguf: Path, out: Path) -> None:
+    """Dequantize a GGUF file to a bfloat16 checkpoint folder with its tokenizer, by transformers' own reader.
+
+    Raises CheckpointError where the packages that reader needs are missing.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):  # since 5.20 the default keeps the weights packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        # the reader draws a bar of its own that no setting of transformers hides
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except ImportError as error:
+        raise CheckpointError(
+            f"reading {gguf.name} needs gguf and accelerate: pip install 'awqkit[smollm2]' ({_gist(error)})"
+        ) from error
+    model.hf_quantizer = None  # it is a plain model now, but save_pretrained would refuse it as quantized
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with quiet_transformers():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)

@@ -24,7 +24,8 @@ def refuse_non_finite(context: BlockContext) -> None:
         if not bool(torch.isfinite(value).all()):
             disk = context.skeleton.disk_name(f"{context.block_plan.path}.{name}")
             raise CheckpointError(
-                f"tensor {disk} holds NaN or inf: the checkpoint is damaged; nothing was kept of this run"
+                f"tensor {disk} holds NaN or inf, so the checkpoint is damaged: fetch or convert it again; "
+                "nothing was kept of this run"
             )
 
 

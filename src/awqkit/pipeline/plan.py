@@ -14,6 +14,7 @@ from torch import Tensor
 
 from awqkit.errors import FormatError, ModelError, UsageError
 from awqkit.methods.plan import LinearPlan
+from awqkit.model.causality import sees_later_tokens
 from awqkit.model.folds import discover
 from awqkit.model.skeleton import BlockCall, Skeleton, run_block
 from awqkit.model.structure import BlockStructure
@@ -76,11 +77,19 @@ def discover_blocks(skeleton: Skeleton, probe: Probe, device: torch.device) -> l
         if kind not in by_kind:
             block = skeleton.load_block(index, device)
             try:
+                if sees_later_tokens(block, probe.hidden, probe.calls[index]):
+                    raise ModelError(
+                        f"{skeleton.block_path(index)}: a token sees the ones after it, so this is an encoder; "
+                        "awqkit takes decoder-only models"
+                    )
                 by_kind[kind] = discover(block, probe.runner(block, index), probe.hidden)
             finally:
                 skeleton.release_block(index)
             if not by_kind[kind].linears:
-                raise ModelError(f"{skeleton.block_path(index)}: no linear found in this block, nothing to quantize")
+                raise ModelError(
+                    f"{skeleton.block_path(index)}: nothing to quantize, no weight of this block is used as a linear "
+                    "[out, in] (transposed ones, as GPT-2's, are not supported)"
+                )
         structures.append(by_kind[kind])
     return structures
 
@@ -152,9 +161,9 @@ def choose_group_size(asked: int | None, shapes: dict[str, tuple[int, int]]) -> 
     for name, (_, columns) in shapes.items():
         if columns % asked:
             fitting = [size for size in DEFAULT_GROUP_SIZES if all(k % size == 0 for _, k in shapes.values())]
-            would = f"--group-size {' or '.join(map(str, fitting))} would" if fitting else "no usual size would"
+            instead = f"use --group-size {' or '.join(map(str, fitting))}, or" if fitting else "no usual size does:"
             raise FormatError(
-                f"--group-size {asked} does not divide the {columns} inputs of {name}; {would}, "
-                "or leave that linear out with --ignore"
+                f"--group-size {asked} does not divide the {columns} inputs of {name}; "
+                f"{instead} leave that linear out with --ignore"
             )
     return asked

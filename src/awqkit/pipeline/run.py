@@ -139,7 +139,8 @@ def _copy(job: Run, name: str, writer: CheckpointWriter) -> None:
     tensor = job.checkpoint.read(name)
     if tensor.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _pieces(tensor)):
         raise CheckpointError(
-            f"tensor {name} holds NaN or inf: the checkpoint is damaged; nothing was kept of this run"
+            f"tensor {name} holds NaN or inf, so the checkpoint is damaged: fetch or convert it again; "
+            "nothing was kept of this run"
         )
     writer.write(name, tensor.to(job.layout.kept[name]))
 

@@ -80,7 +80,9 @@ def choose(
             reason = f"scaling raised the consumers' error ({chosen:.3e} > {plain:.3e}): s = 1 restored"
             applied[position] = _undone(context, entry, replace(decision, fallback=reason))
             scaled = _scaled_weights(context, applied)
-            for name in consumers:
+            producer = entry.fold.producer_linear  # its rows were on their way divided by s
+            again = [producer] if producer is not None and not context.kept(producer) else []
+            for name in [*again, *consumers]:
                 plan = context.block_plan.linears[name]
                 quantized[name] = quantize_linear(scaled[name], _moment(context, moments, name), plan)
         else:
