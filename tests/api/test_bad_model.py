@@ -21,12 +21,11 @@ def test_a_folder_that_is_missing(refused):
 
 
 def test_a_hub_id_without_a_hub(refused, monkeypatch):
-    import httpx
-
     def unreachable(*args: object, **kwargs: object) -> None:
-        raise httpx.ConnectError("offline")
+        raise OSError("offline")
 
-    monkeypatch.setattr(httpx.Client, "send", unreachable)
+    monkeypatch.setattr("socket.getaddrinfo", unreachable)
+    monkeypatch.setattr("socket.socket.connect", unreachable)
     line = refused(model="someone/some-model")
     assert line.startswith("someone/some-model: no such directory, and the Hugging Face hub could not give a model")
     assert "cannot be reached" in line
@@ -130,7 +129,7 @@ def test_a_model_that_transformers_does_not_know(refused, place):
     [
         ({"num_attention_heads": "four"}, "'num_attention_heads' expected int, got str"),
         ({"hidden_act": "nosuch"}, "KeyError: 'nosuch'"),
-        ({"model_type": None}, "model_type"),
+        ({"model_type": None}, "model type `None`"),
     ],
 )
 def test_a_config_that_transformers_cannot_use(refused, place, values, found):
@@ -143,9 +142,9 @@ def test_a_model_with_code_of_its_own_runs_it_only_with_leave(refused, place, va
     code = "from pathlib import Path\nPath('ran').touch()\nfrom transformers import LlamaConfig as OwnConfig\n"
     (place.model / "own.py").write_text(code)
     change_config(place.model, auto_map={"AutoConfig": "own.OwnConfig"}, **{"model_type": "own", **values})
-    line = refused()
-    assert line == (
-        "model: this model runs code of its own (auto_map in config.json); read that code, then pass --trust-remote-code"
+    assert refused() == (
+        "model: this model runs code of its own (auto_map in config.json); "
+        "read that code, then pass --trust-remote-code"
     )
 
 

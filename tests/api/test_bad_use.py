@@ -81,7 +81,9 @@ def test_out_exists(refused, place):
 def test_out_exists_and_is_no_checkpoint(refused, place):
     place.out.mkdir()
     (place.out / "thesis.tex").write_text("years of work")
-    assert "out: exists and is no checkpoint (no config.json), so it is not replaced even with" in refused("--overwrite")
+    assert "out: exists and is no checkpoint (no config.json), so it is not replaced even with" in refused(
+        "--overwrite"
+    )
 
 
 def test_out_is_a_file(refused, place):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +47,9 @@ def save_folder(model: Any, directory: Path, dtype: torch.dtype = torch.bfloat16
     return directory
 
 
-def make_model(directory: Path, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "1GB", **changes: Any) -> Path:
+def make_model(
+    directory: Path, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "1GB", **changes: Any
+) -> Path:
     """A random Llama of two blocks as a folder, the same on every call; `changes` go to its config."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -87,11 +88,8 @@ class Place:
 
     def contents(self) -> dict[str, bytes | None]:
         """Every file's bytes and every folder (None) in it, hidden ones too."""
-        found: dict[str, bytes | None] = {}
-        for folder, folders, files in os.walk(self.root):
-            found |= {os.path.join(folder, name): None for name in folders}
-            found |= {os.path.join(folder, name): Path(folder, name).read_bytes() for name in files}
-        return found
+        everything = sorted(self.root.rglob("*"))
+        return {str(path): path.read_bytes() if path.is_file() else None for path in everything}
 
 
 @dataclass(frozen=True)

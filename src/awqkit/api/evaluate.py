@@ -73,7 +73,8 @@ def text_windows(
     windows = Windows(cut_windows(stream.ids, seq_len, encoder.start_tokens), max_windows)
     if len(windows.used) == 0:
         raise CalibrationError(
-            f"{label}: {len(stream.ids)} tokens do not fill one window of {seq_len}; give more text or a smaller --seq-len"
+            f"{label}: {len(stream.ids)} tokens do not fill one window of {seq_len}; "
+            "give more text or a smaller --seq-len"
         )
     return windows
 

@@ -181,8 +181,8 @@ def _given_rows(token_ids: Sequence[Sequence[int]]) -> _Rows:
 def _rows_text(used: CalibrationSummary) -> str:
     start = f", each starting with token {' '.join(map(str, used.start_tokens))}" if used.start_tokens else ""
     return (
-        f"calibration: {used.rows} rows and {used.held_out_rows} held out, of {used.tokens_per_row} tokens{start}, from "
-        f"{used.documents_used} of {used.documents_found} documents of {used.source}; "
+        f"calibration: {used.rows} rows and {used.held_out_rows} held out, of {used.tokens_per_row} tokens{start}, "
+        f"from {used.documents_used} of {used.documents_found} documents of {used.source}; "
         f"{used.tokens_used:,} tokens used, {used.tokens_left:,} left"
     )
 

@@ -93,7 +93,8 @@ def pack_rows(
     if len(windows) < samples:
         raise CalibrationError(
             f"{source}: {len(stream.ids)} tokens found, but {samples} rows of {seq_len} tokens need {samples * window}"
-            f"{' beside their start tokens' if start_tokens else ''}; give more text, or a smaller --samples or --seq-len"
+            f"{' beside their start tokens' if start_tokens else ''}; "
+            "give more text, or a smaller --samples or --seq-len"
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     chosen = order[: samples + held_out]

@@ -58,6 +58,8 @@ class Skeleton:
         self._model = empty_model(config, trust_remote_code=trust_remote_code)
         self._source = source
         self._on_disk = names_on_disk(self._model, source.names)
+        # Taken now: weights come and go with new Parameter objects, and tied ones are told by their identity.
+        self._shared = {name: id(value) for name, value in self._model.named_parameters(remove_duplicate=False)}
         self._list_path = _find_block_list(self._model)
         self._blocks = self._model.get_submodule(self._list_path)
         self._decoder = getattr(self._model, "base_model", self._model)
@@ -86,9 +88,8 @@ class Skeleton:
 
     def missing(self) -> list[str]:
         """Parameters of the model that the checkpoint does not have, tied ones left out."""
-        have = {id(self._parameter(name)) for name in self._on_disk if not _is_buffer(self._model, name)}
-        named = self._model.named_parameters(remove_duplicate=False)
-        return [name for name, value in named if id(value) not in have and name not in self._on_disk]
+        have = {self._shared[name] for name in self._on_disk if name in self._shared}
+        return [name for name, shared in self._shared.items() if shared not in have]
 
     def parameters_on_disk(self) -> frozenset[str]:
         """Disk names of the model's parameters; anything else on disk is a buffer, or unknown to the model."""
@@ -110,7 +111,9 @@ class Skeleton:
         first: dict[int, str] = {}
         duplicates = {}
         for name, disk in self._on_disk.items():
-            kept = first.setdefault(id(self._parameter(name)), disk)
+            if name not in self._shared:
+                continue
+            kept = first.setdefault(self._shared[name], disk)
             if kept != disk:
                 duplicates[disk] = kept
         return duplicates

@@ -12,7 +12,8 @@ from torch import Tensor
 class LinearView:
     """One `[out, in]` weight of a block, by its path inside the block.
 
-    name: module path in the block (`self_attn.q_proj`). weight: name of its weight parameter. bias: of its bias or None.
+    name: module path in the block (`self_attn.q_proj`). weight: name of its weight parameter. bias: of its bias, or
+    None.
     """
 
     name: str

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awqkit.numerics.grid import choose_scale_and_zero, group_range, merge_groups, nearest_on_grid_, split_groups
+from awqkit.numerics.grid import choose_scale_and_zero, group_range, merge_groups, rounding_error, split_groups
 from awqkit.numerics.output_error import diagonal_blocks, group_row_errors, row_errors
 from awqkit.numerics.tiles import row_tiles
 
@@ -127,7 +127,7 @@ def rounding_errors(
             torch.mul(weights, scale, out=scaled)
             low, high = group_range(scaled)
             grid = choose_scale_and_zero(low, high, bits=bits, symmetric=symmetric, stored_dtype=stored_dtype)
-            error = nearest_on_grid_(scratch.copy_(scaled), *grid, bits).sub_(scaled).div_(scale)
+            error = rounding_error(scaled, *grid, bits, out=scratch).div_(scale)
             if full_moment:
                 errors[index, 0] += (row_errors(merge_groups(error), moment) * row_weight[tile]).sum()
             else:

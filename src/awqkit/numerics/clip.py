@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from awqkit.numerics.grid import choose_scale_and_zero, group_range, nearest_on_grid_
+from awqkit.numerics.grid import choose_scale_and_zero, group_range, rounding_error
 from awqkit.numerics.output_error import group_row_errors
 from awqkit.numerics.tiles import row_tiles
 
@@ -81,6 +81,5 @@ class _EndSearch:
             symmetric=self.symmetric,
             stored_dtype=self.stored_dtype,
         )
-        self.scratch.copy_(self.weights)
-        error = nearest_on_grid_(self.scratch, group_scale, group_zero, self.bits).sub_(self.weights)
+        error = rounding_error(self.weights, group_scale, group_zero, self.bits, out=self.scratch)
         return group_row_errors(error, self.moment_blocks)

@@ -19,7 +19,8 @@ from awqkit.recipe import Recipe
 class Streams:
     """The hidden states that a run carries from block to block.
 
-    calibration: rows for the statistics. probe: two of them, for the row weights. held_out: rows for the check, or None.
+    calibration: rows for the statistics. probe: two of them, for the row weights. held_out: rows for the check, or
+    None.
     """
 
     calibration: HiddenStates

@@ -69,11 +69,13 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
     watched = {view.weight: context.parameters[view.weight] for view in views}
     generator = torch.Generator().manual_seed(context.recipe.seed * _SEED_STRIDE + context.index)
     squares = {view.name: torch.zeros(view.shape[0], device=context.device) for view in views}
-    for part, hidden, call, _ in probe_rows.batches(context.index):
+    for part, hidden, call, mask in probe_rows.batches(context.index):
         outputs.clear()
         with torch.enable_grad(), LinearWatch(watched, after=after):
             result = run_block(context.block, hidden.clone().requires_grad_(True), call)
-            (result * torch.randn(result.shape, generator=generator).to(result.device)).sum().backward()
+            noise = torch.randn(result.shape, generator=generator).to(result.device)
+            real = ... if mask is None else mask
+            (result * noise)[real].sum().backward()
         for view in views:
             squares[view.name] += outputs[view.weight].grad.square().reshape(-1, view.shape[0]).mean(dim=0)
         probe_rows.write(part, result.detach())
