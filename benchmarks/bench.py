@@ -57,7 +57,9 @@ def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> None:
 def _commit() -> str:
     if os.environ.get("AWQKIT_COMMIT"):
         return os.environ["AWQKIT_COMMIT"]
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 

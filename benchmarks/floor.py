@@ -54,7 +54,9 @@ def main() -> None:
         stages = _stages(Path(scratch) / "out" / "awqkit-timings.json")
     forward.append(_forward(decoder, rows, step, device))
     ratio = done.seconds / min(forward)
-    print(f"forward {forward[0]:.1f} and {forward[1]:.1f} s, quantize {done.seconds:.1f} s: {ratio:.2f} times the faster")
+    print(
+        f"forward {forward[0]:.1f} and {forward[1]:.1f} s, quantize {done.seconds:.1f} s: {ratio:.2f} times the faster"
+    )
     save(
         args.name,
         {

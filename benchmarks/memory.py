@@ -57,12 +57,22 @@ def main() -> None:
         short = Path(scratch) / "short"
         _cut(model, short, 6)
         for folder, blocks in ((short, 6), (model, 30)):
-            command = [sys.executable, "-c", _CHILD, folder, Path(scratch) / f"out{blocks}", calibration, str(args.samples)]
+            command = [
+                sys.executable,
+                "-c",
+                _CHILD,
+                folder,
+                Path(scratch) / f"out{blocks}",
+                calibration,
+                str(args.samples),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             used = found["peak"] - found["after_imports"]
             runs.append({"blocks": blocks, **found, "used": used, "kept": used <= bound["bytes"]})
-            print(f"{blocks} blocks: {used / 1e6:.0f} MB above imports, bound {bound['bytes'] / 1e6:.0f} MB", flush=True)
+            print(
+                f"{blocks} blocks: {used / 1e6:.0f} MB above imports, bound {bound['bytes'] / 1e6:.0f} MB", flush=True
+            )
     save("memory-cpu", {"environment": environment(torch.device("cpu")), "bound": bound, "runs": runs})
     raise SystemExit(0 if all(run["kept"] for run in runs) else 1)
 

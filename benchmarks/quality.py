@@ -23,12 +23,12 @@ from awqkit import Recipe, RunOptions, quantize
 from awqkit.api.device import choose_device
 from awqkit.api.evaluate import score, text_windows
 from awqkit.api.smollm2 import smollm2
-from awqkit.calibration.sources import read_documents
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.evaluation.load import load_checkpoint
 from awqkit.model.transformers_bridge import load_text_encoder
 
 GROUP_SIZE, SEQ_LEN = 64, 512
+TESTS = ("far", "near")
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "autoawq": {"method": "awq", "importance": "mean-abs", "alpha_search": "layer", "clip": "shared"},
@@ -37,7 +37,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "fast": {"quality": "fast"},
     "fast-layer": {"quality": "fast", "alpha_search": "layer"},
     "fast-square": {"quality": "fast", "importance": "square"},
-    "fast-mean-abs": {"quality": "fast", "importance": "mean-abs"},
 }
 SEEDLESS = ("rtn",)
 
@@ -49,10 +48,8 @@ def main() -> None:
     device = choose_device(args.device)
     model = args.model or smollm2(args.gguf, emit=print)
     encoder = load_text_encoder(model)
-    windows = {
-        name: text_windows(read_documents(str(files[name])).texts, encoder, SEQ_LEN, args.windows, name).used
-        for name in ("far", "near")
-    }
+    windows = {name: text_windows((_text(files[name]),), encoder, SEQ_LEN, args.windows, name).used for name in TESTS}
+    calibration = text_windows((_text(files["calibration"]),), encoder, SEQ_LEN, None, "calibration").all
     original = load_checkpoint(Checkpoint.open(model), torch.float32, device)
     start = len(encoder.start_tokens)
     base = {name: score(original, rows, start, None, device).perplexity for name, rows in windows.items()}
@@ -64,7 +61,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 began = time.monotonic()
                 done = quantize(
-                    model, Path(scratch) / "out", recipe, calibration=files["calibration"],
+                    model, Path(scratch) / "out", recipe, calibration=_rows(calibration, args.samples, seed),
                     options=RunOptions(device=args.device),
                 )  # fmt: skip
                 seconds = time.monotonic() - began
@@ -94,6 +91,20 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _text(path: Path) -> str:
+    """The whole file as one text, document separators included: the fixed conditions of the published figures."""
+    return path.read_text(encoding="utf-8")
+
+
+def _rows(windows: torch.Tensor, samples: int, seed: int) -> list[list[int]]:
+    """`samples` windows chosen by the seed and an eighth more, which `quantize` holds out: every ninth row."""
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen, held_out = order[:samples], order[samples : samples + samples // 8]
+    for position, index in enumerate(held_out):
+        chosen.insert(9 * position + 8, index)
+    return windows[chosen].tolist()
+
+
 def _recipe(method: str, seed: int, args: argparse.Namespace) -> Recipe:
     return Recipe.from_choices(
         {**METHODS[method], "group_size": GROUP_SIZE, "samples": args.samples, "seq_len": SEQ_LEN, "seed": seed}
@@ -112,8 +123,12 @@ def _table(rows: list[dict[str, Any]], base: dict[str, float]) -> list[dict[str,
     table = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        line: dict[str, Any] = {"method": method, "seeds": len(own), "seconds": round(mean(row["seconds"] for row in own), 2)}
-        for name in ("far", "near"):
+        line: dict[str, Any] = {
+            "method": method,
+            "seeds": len(own),
+            "seconds": round(mean(row["seconds"] for row in own), 2),
+        }
+        for name in TESTS:
             line[f"kl_{name}"] = mean(row[f"kl_{name}"] for row in own)
             line[f"perplexity_{name}"] = mean(row[f"perplexity_{name}"] for row in own)
             if plain is not None:
@@ -125,7 +140,9 @@ def _table(rows: list[dict[str, Any]], base: dict[str, float]) -> list[dict[str,
 
 
 def _lines(table: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{'method':14} {'KL far':>8} {'÷ RTN':>7} {'KL near':>8} {'÷ RTN':>7} {'ppl far':>8} {'ppl near':>8} {'s':>7}"]
+    lines = [
+        f"{'method':14} {'KL far':>8} {'÷ RTN':>7} {'KL near':>8} {'÷ RTN':>7} {'ppl far':>8} {'ppl near':>8} {'s':>7}"
+    ]
     for line in table:
         lines.append(
             f"{line['method']:14} {line['kl_far']:8.4f} {line.get('kl_ratio_far', 0):7.3f} {line['kl_near']:8.4f} "

@@ -41,7 +41,7 @@ def block_context(model: Any, index: int = 0, recipe: Recipe | None = None) -> B
     return BlockContext(skeleton, plan, plan.blocks[index], recipe, block, parameters)
 
 
-def run_on(model: Any, folder: Path, recipe: Recipe, *, rows: int = 18, **choices: Any) -> QuantizeResult:
+def run_on(model: Any, folder: Path, recipe: Recipe, *, rows: int = 36, **choices: Any) -> QuantizeResult:
     """Save the model under `folder` and quantize it on random rows, every ninth of them held out."""
     source = folder / "source"
     if not source.exists():

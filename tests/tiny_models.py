@@ -112,7 +112,10 @@ def _randomize(model: Any, dtype: torch.dtype, generator: torch.Generator) -> No
             fresh = 0.2 * noise
         elif value.dim() == 1:
             gain = 1.0 + 0.2 * noise
-            gain[torch.randperm(len(gain), generator=generator)[:3]] *= 8.0
+            if ".layers." in name:
+                gain[torch.randperm(len(gain), generator=generator)[:3]] *= 8.0
+            else:
+                gain *= 0.15  # the last norm: keeps the logits of a random head within a few units
             fresh = gain - 1.0 if adds_one else gain
         elif "embed" in name:
             fresh = noise

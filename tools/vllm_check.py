@@ -52,9 +52,7 @@ def prompt_logprobs(checkpoint: Path, tokens: list[int]) -> dict[str, Any]:
     os.environ.update(SETTINGS)
     from vllm import LLM, SamplingParams  # after the settings, which vLLM reads on import
 
-    engine = LLM(
-        str(checkpoint), dtype="auto", enforce_eager=True, max_model_len=CONTEXT_TOKENS, max_num_seqs=4
-    )
+    engine = LLM(str(checkpoint), dtype="auto", enforce_eager=True, max_model_len=CONTEXT_TOKENS, max_num_seqs=4)
     wanted = SamplingParams(max_tokens=COMPLETION_TOKENS, temperature=0, prompt_logprobs=0)
     answer = engine.generate({"prompt_token_ids": tokens}, wanted, use_tqdm=False)[0]
     if answer.prompt_logprobs is None or len(answer.prompt_logprobs) != len(tokens):
@@ -121,9 +119,7 @@ def wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> 
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise CheckError(
-                f"vllm serve ended with code {server.returncode} before it answered\n{tail(log)}"
-            )
+            raise CheckError(f"vllm serve ended with code {server.returncode} before it answered\n{tail(log)}")
         with contextlib.suppress(OSError), DIRECT.open(url, timeout=5) as answer:
             if answer.status == 200:
                 return
@@ -157,16 +153,12 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def post_json(url: str, content: dict[str, Any]) -> dict[str, Any]:
     """The JSON that `url` answers to a POST of `content`. Raises CheckError with the server's words."""
-    request = urllib.request.Request(
-        url, json.dumps(content).encode(), headers={"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(url, json.dumps(content).encode(), headers={"Content-Type": "application/json"})
     try:
         with DIRECT.open(request, timeout=ANSWER_SECONDS) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        raise CheckError(
-            f"{url} answered HTTP {error.code}: {error.read().decode(errors='replace')}"
-        ) from error
+        raise CheckError(f"{url} answered HTTP {error.code}: {error.read().decode(errors='replace')}") from error
 
 
 def free_port() -> int:

@@ -59,7 +59,7 @@ class Recipe:
     symmetric: zero point fixed in the middle of the code range.
     channel_scale: "none", or "search" (per fold, alpha on 21 points of [0, 1], design: AWQ, Lin 2023, section 3.2).
     scale_families: which forms of s take part in the search, see `numerics.channel_scale`.
-    importance: "square" E[x²] or "mean-abs" (E|x|)², the statistic of the AWQ paper.
+    importance: "mean-abs" (E|x|)², the statistic of the AWQ paper, or "square" E[x²] (measured worse, docs/log.md).
     alpha_search: "group" (each search unit its own alpha) or "layer" (one alpha, judged on the full gram).
     clip: "none", "shared" (one ratio for both ends of the range), "ends" (each end its own ratio).
     rounding: "nearest".
@@ -75,7 +75,7 @@ class Recipe:
     symmetric: bool = False
     channel_scale: str = "search"
     scale_families: tuple[str, ...] = SCALE_FAMILIES
-    importance: str = "square"
+    importance: str = "mean-abs"
     alpha_search: str = "group"
     clip: str = "ends"
     rounding: str = "nearest"

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_folders import Outcome, Place, make_model
 
 # As the command line does before it imports these libraries; here they may have been imported already.
@@ -18,12 +17,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from awqkit.cli.main import main
 
 SMALL_RUN = ("--samples", "4", "--seq-len", "32")  # with the place's text a run takes about a second
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Tiny products are faster without a thread pool, and the machine may be shared."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -51,8 +51,13 @@ class Case:
         return model
 
 
-@functools.cache
 def case_of(family: str, recipe: Recipe = FAST) -> Case:
+    """The family quantized by the recipe, once for all tests."""
+    return _quantized(family, recipe)
+
+
+@functools.cache
+def _quantized(family: str, recipe: Recipe) -> Case:
     model, simulated = tiny_model(family), {}
     quantize_block = pipeline_run.quantize_block
 
@@ -70,7 +75,7 @@ def case_of(family: str, recipe: Recipe = FAST) -> Case:
 
 def _logits(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(token_ids(4, 20, seed=9)).logits.float()
+        return model(token_ids(16, 20, seed=9)).logits.float()
 
 
 def _packed(model: nn.Module) -> dict[str, PackedLinear]:
@@ -110,10 +115,10 @@ def test_scales_and_clip_bring_the_model_nearer_to_the_original_than_plain_round
     for recipe in (FAST, RTN):
         loaded = load(case_of(family, recipe).directory, dtype=torch.float32, device="cpu")
         kl[recipe.name] = float(token_kl(original, _logits(loaded)).mean())
-    assert kl["fast"] < 0.6 * kl["rtn"]
+    assert kl["fast"] < 0.8 * kl["rtn"]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2", "cohere", "phi3"])
 def test_in_bfloat16_the_packed_model_scores_as_the_simulated_one_does(family: str) -> None:
     case = case_of(family)
     loaded = load(case.directory, device="cpu")
@@ -123,7 +128,7 @@ def test_in_bfloat16_the_packed_model_scores_as_the_simulated_one_does(family: s
         evaluate_windows(model, windows, 1, None, CPU, lambda done: None).perplexity
         for model in (loaded, case.float_model().to(torch.bfloat16))
     ]
-    torch.testing.assert_close(scores[0], scores[1], rtol=2e-2, atol=0)
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("family", TIED)
@@ -190,7 +195,7 @@ def test_the_dtype_on_disk(source: torch.dtype, asked: str | None, expected: tor
     kl = float(token_kl(_logits(model), _logits(load(result.directory, dtype=torch.float32, device="cpu"))).mean())
     rtn = run_on(model, tmp_path, Recipe.method("rtn", group_size=GROUP, dtype=asked), out="rtn")
     plain = float(token_kl(_logits(model), _logits(load(rtn.directory, dtype=torch.float32, device="cpu"))).mean())
-    assert kl < 0.6 * plain
+    assert kl < 0.8 * plain
 
 
 def test_a_sharded_source_gives_the_tensors_of_a_single_file(tmp_path: Path) -> None:
@@ -204,7 +209,7 @@ def test_a_sharded_source_gives_the_tensors_of_a_single_file(tmp_path: Path) -> 
 
 def test_rows_given_with_padding_are_as_good_as_rows_without(tmp_path: Path) -> None:
     """Rows of two lengths: the shorter ones are padded, and the padding is not calibrated on."""
-    model, rows = tiny_model("llama"), token_rows(18, 24)
+    model, rows = tiny_model("llama"), token_rows(36, 24)
     source = save_tiny(model, tmp_path / "source")
     ragged = [row[: 16 + 8 * (index % 2)] for index, row in enumerate(rows)]
     result = quantize(source, tmp_path / "out", FAST, calibration=ragged, options=RunOptions(device="cpu"))

@@ -25,7 +25,11 @@ def _score(model: Any, *, start_tokens: int = 1, reference: Any = None, windows:
 
 @pytest.fixture(scope="module")
 def models() -> tuple[Any, Any]:
-    return tiny_model("llama"), tiny_model("llama", seed=1)
+    """Two models that differ, with heads that make their predictions sharp."""
+    pair = tiny_model("llama"), tiny_model("llama", seed=1)
+    for model in pair:
+        model.lm_head.weight.data *= 6.0
+    return pair
 
 
 def test_perplexity_is_exp_of_transformers_own_loss(models: tuple[Any, Any]) -> None:

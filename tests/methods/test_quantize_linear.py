@@ -79,6 +79,17 @@ def test_clip_lowers_the_error_that_it_is_judged_on() -> None:
     assert errors[2] < 0.99 * errors[1]
 
 
+def test_clip_is_searched_for_the_input_that_the_scaled_weight_reads() -> None:
+    scaled, moment = _case()
+    s = scaled.channel_scale
+    found = quantize_linear(scaled, moment, _plan(12, 24))
+    expected = quantize_linear(ScaledWeight.unscaled(scaled.weight), moment / s / s[:, None], _plan(12, 24))
+    assert found.decision.fallback is None
+    assert torch.equal(found.quantized.codes, expected.quantized.codes)
+    other = quantize_linear(ScaledWeight.unscaled(scaled.weight), moment, _plan(12, 24))
+    assert not torch.equal(found.quantized.codes, other.quantized.codes)
+
+
 def _correlated(seed: int) -> tuple[ScaledWeight, Tensor]:
     """One row whose groups all see nearly the same input: what is best for a group alone may hurt the sum."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from awqkit.numerics.clip import search_clip
-from awqkit.numerics.grid import choose_scale_and_zero, group_range, nearest_on_grid_
+from awqkit.numerics.grid import choose_scale_and_zero, group_range, rounding_error
 
 RATIOS = [1.0 - 0.5 * step / 20 for step in range(21)]
 GROUPS, ROWS, GROUP = 3, 11, 16
@@ -29,7 +29,7 @@ def _error(
     scale, zero = choose_scale_and_zero(
         low * low_ratio, high * high_ratio, bits=bits, symmetric=symmetric, stored_dtype=torch.bfloat16
     )
-    error = (nearest_on_grid_(grouped.clone(), scale, zero, bits) - grouped).double()
+    error = rounding_error(grouped, scale, zero, bits).double()
     return torch.einsum("gri,gij,grj->gr", error, blocks.double(), error)
 
 

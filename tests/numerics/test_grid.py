@@ -13,7 +13,7 @@ from awqkit.numerics.grid import (
     group_range,
     merge_groups,
     nearest_codes,
-    nearest_on_grid_,
+    rounding_error,
     split_groups,
 )
 from awqkit.numerics.rounding import round_nearest, span_grid
@@ -132,12 +132,17 @@ def test_a_step_that_overflows_in_float16_is_the_largest_one() -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_search_path_computes_the_same_weight_as_the_codes_do(bits: int, symmetric: bool) -> None:
+def test_the_searches_see_the_error_of_the_codes(bits: int, symmetric: bool) -> None:
     weight = _weight()
     grid = _grid(weight, bits, symmetric)
-    grouped = split_groups(weight, GROUP)
-    values = nearest_on_grid_(grouped.clone(), grid.group_scale.t(), grid.group_zero.t(), bits)
-    assert torch.equal(merge_groups(values), dequantize(nearest_codes(weight, grid), grid))
+    grouped, out = split_groups(weight, GROUP), torch.empty(3, 6, GROUP)
+    saved = grouped.clone()
+    error = rounding_error(grouped, grid.group_scale.t(), grid.group_zero.t(), bits)
+    expected = weight - dequantize(nearest_codes(weight, grid), grid)
+    torch.testing.assert_close(merge_groups(error), expected, rtol=0, atol=1e-6)
+    assert torch.equal(grouped, saved)
+    assert rounding_error(grouped, grid.group_scale.t(), grid.group_zero.t(), bits, out=out) is out
+    assert torch.equal(out, error)
 
 
 def test_groups_split_and_merge() -> None:

@@ -57,6 +57,22 @@ def test_many_rows_are_visited_in_batches_that_together_are_the_rows() -> None:
     torch.testing.assert_close(_current(states, 1), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_padded_rows_keep_their_own_mask_in_every_batch() -> None:
+    model, ids = tiny_model("gemma3"), token_ids(90, 64)
+    mask = torch.ones(90, 64, dtype=torch.bool)
+    mask[::3, 40:] = False
+    mask[70:, 20:] = False
+    skeleton = Skeleton(model.config, WeightsOf(model))
+    states = hidden_states(skeleton, ids, mask)
+    masks = [(part, found) for part, _, _, found in states.batches(0)]
+    assert len(masks) > 1
+    assert all(torch.equal(found, mask[part]) for part, found in masks)
+    _advance(skeleton, states, 0)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(_current(states, 1)[mask], expected[mask], rtol=1e-4, atol=1e-4)
+
+
 def test_the_source_is_not_needed_for_blocks_that_have_been_released() -> None:
     model = tiny_model("llama")
     skeleton = Skeleton(model.config, WeightsOf(model))

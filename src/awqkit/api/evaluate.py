@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -12,10 +13,10 @@ from awqkit.calibration.rows import cut_windows, token_stream
 from awqkit.calibration.sources import read_documents
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.reader import Checkpoint
-from awqkit.errors import CalibrationError, UsageError
+from awqkit.errors import CalibrationError, CheckpointError, UsageError
 from awqkit.evaluation.evaluate import Evaluation, evaluate_windows
 from awqkit.evaluation.load import load_checkpoint
-from awqkit.events import Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
+from awqkit.events import Caution, Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
 from awqkit.model.transformers_bridge import TextEncoder, load_text_encoder
 from awqkit.options import RunOptions
 
@@ -54,7 +55,23 @@ def evaluate(
     emit(Notice(f"{len(windows.used)} of {found} windows of {seq_len} tokens from {documents.label}"))
     loaded = load_checkpoint(checkpoint, getattr(torch, dtype), device, trust_remote_code=trust)
     other = None if beside is None else load_checkpoint(beside, getattr(torch, dtype), device, trust_remote_code=trust)
+    _refuse_other_vocabulary(windows.used, loaded, other)
     return score(loaded, windows.used, len(encoder.start_tokens), other, device, emit)
+
+
+def _refuse_other_vocabulary(windows: Tensor, model: nn.Module, reference: nn.Module | None) -> None:
+    known, highest = model.get_input_embeddings().weight.shape[0], int(windows.max())
+    if highest >= known:
+        raise CalibrationError(
+            f"the text has token id {highest}, outside the model's vocabulary of {known}; "
+            "the tokenizer is not this model's, use the files that belong to it"
+        )
+    beside = known if reference is None else reference.get_input_embeddings().weight.shape[0]
+    if beside != known:
+        raise CheckpointError(
+            f"the reference has a vocabulary of {beside} tokens, the model one of {known}; "
+            "a reference is the model that was quantized"
+        )
 
 
 class Windows:
@@ -93,4 +110,6 @@ def score(
         model, windows, num_start_tokens, reference, device, lambda done: emit(TaskAdvanced(_TASK, done))
     )
     emit(TaskFinished(_TASK))
+    if not math.isfinite(result.perplexity):
+        emit(Caution("the perplexity is no number: the weights hold NaN or inf, or activations overflow in this dtype"))
     return result

@@ -1,7 +1,7 @@
 """x · Wᵀ with W on a 4-bit grid: torch's own int4 kernel where it can be had, else dequantize and multiply.
 
 The kernel computes (q − 8) · Δ + o with the offset o = (8 − z) · Δ held in the compute dtype. In bfloat16 that rounds
-o by at most Δ/64, below the rounding of the activations; a symmetric grid has o = 0. The reference is exact:
+o by at most Δ/37, less than a dequantized bfloat16 weight is; a symmetric grid has o = 0. The reference is exact:
 (q − z) · Δ in float32, then the product in the dtype of x.
 """
 

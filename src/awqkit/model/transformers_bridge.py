@@ -93,11 +93,7 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
 
     Raises ModelError where transformers has no decoder-only model for it, CheckpointError where it cannot build one.
     """
-    where = getattr(config, "name_or_path", "") or "this model"
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{where}: model_type {config.model_type!r} is an encoder-decoder model; awqkit takes decoder-only ones"
-        )
+    _refuse_encoder_decoder(config)
     try:
         try:
             return _build_empty(config, "sdpa", trust_remote_code)
@@ -106,17 +102,7 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
                 raise
             return _build_empty(config, "eager", trust_remote_code)
     except Exception as error:  # transformers and a model's own code raise many kinds
-        if "trust_remote_code" in str(error):
-            raise _needs_trust(where) from error
-        if "Unrecognized configuration class" in str(error):
-            raise ModelError(
-                f"{where}: transformers has no causal language model for model_type {config.model_type!r}; "
-                "awqkit takes decoder-only models"
-            ) from error
-        raise CheckpointError(
-            f"{where}: transformers cannot build the model that config.json describes "
-            f"({type(error).__name__}: {_gist(error)}); fetch config.json again, or try a newer transformers"
-        ) from error
+        raise _not_built(config, error) from error
 
 
 def _build_empty(config: Any, attention: str, trust_remote_code: bool) -> nn.Module:
@@ -129,6 +115,32 @@ def _build_empty(config: Any, attention: str, trust_remote_code: bool) -> nn.Mod
     return model.eval()
 
 
+def _refuse_encoder_decoder(config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{_name(config)}: model_type {config.model_type!r} is an encoder-decoder model; "
+            "awqkit takes decoder-only ones"
+        )
+
+
+def _not_built(config: Any, error: Exception) -> CheckpointError | ModelError:
+    if "trust_remote_code" in str(error):
+        return _needs_trust(_name(config))
+    if "Unrecognized configuration class" in str(error):
+        return ModelError(
+            f"{_name(config)}: transformers has no causal language model for model_type {config.model_type!r}; "
+            "awqkit takes decoder-only models"
+        )
+    return CheckpointError(
+        f"{_name(config)}: transformers cannot build the model that config.json describes "
+        f"({type(error).__name__}: {_gist(error)}); fetch the model again, or try a newer transformers"
+    )
+
+
+def _name(config: Any) -> str:
+    return getattr(config, "name_or_path", "") or "this model"
+
+
 def _needs_trust(where: object) -> CheckpointError:
     return CheckpointError(
         f"{where}: this model runs code of its own (auto_map in config.json); "
@@ -139,11 +151,29 @@ def _needs_trust(where: object) -> CheckpointError:
 def full_model(
     directory: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The whole model of a full-precision folder in `dtype` on `device`, in eval mode."""
+    """The whole model of a full-precision folder in `dtype` on `device`, in eval mode.
+
+    Raises CheckpointError where it cannot be built or lacks a tensor (transformers would make one up), ModelError where
+    it is no decoder-only model.
+    """
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+    config = load_config(directory, trust_remote_code=trust_remote_code)
+    _refuse_encoder_decoder(config)
+    try:
+        with quiet_transformers():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+    except Exception as error:  # transformers and a model's own code raise many kinds
+        raise _not_built(config, error) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{directory}: of the tensors that config.json asks for, {missing[0]} is missing{more}; "
+            "fetch the weights and config.json again, both from one place"
+        )
     return model.to(device).eval()
 
 

@@ -162,7 +162,10 @@ def exact_under_storage(gain: Tensor, channel_scale: Tensor, stored_dtype: torch
 def exact_offset_under_storage(
     offset: Tensor, channel_scale: Tensor, stored_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As `exact_under_storage` for a norm that multiplies by 1 + w: stored w' near (1 + w)/s − 1, s := (1 + w)/(1 + w')."""
+    """As `exact_under_storage` for a norm that multiplies by 1 + w: stored w' near (1 + w)/s − 1.
+
+    s := (1 + w)/(1 + w').
+    """
     gain = 1.0 + offset
     stored = (gain / channel_scale - 1.0).to(stored_dtype).to(torch.float32)
     new_gain = 1.0 + stored

@@ -40,7 +40,7 @@ class QuantizedWeight:
 
 
 def split_groups(weight: Tensor, group_size: int) -> Tensor:
-    """`[out, in]` as `[groups, out, group_size]`, contiguous: one batch entry per group, for products with H's blocks."""
+    """`[out, in]` as `[groups, out, group_size]`, contiguous: a batch entry per group, for products with H's blocks."""
     rows, columns = weight.shape
     return weight.reshape(rows, columns // group_size, group_size).transpose(0, 1).contiguous()
 

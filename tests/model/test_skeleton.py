@@ -1,0 +1,133 @@
+"""The decoder without its weights: names, blocks, and what a checkpoint lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, WeightsOf, block_probes, tiny_model
+from torch import Tensor, nn
+
+from awqkit.errors import ModelError
+from awqkit.model.skeleton import Skeleton, names_on_disk
+
+CPU = torch.device("cpu")
+
+
+class Renamed:
+    """A model's tensors under other names, or without some."""
+
+    def __init__(self, model: Any, rename: Any) -> None:
+        self._tensors = {rename(name): value for name, value in model.named_parameters() if rename(name)}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_found_and_loaded_in_float32_with_the_checkpoints_values(family: str) -> None:
+    model = tiny_model(family)
+    skeleton = Skeleton(model.config, WeightsOf(model))
+    assert skeleton.num_blocks == 2
+    assert skeleton.missing() == []
+    for index in (0, 1):
+        path = skeleton.block_path(index)
+        block, expected = skeleton.load_block(index, CPU), model.get_submodule(path)
+        for (name, value), (other, reference) in zip(
+            block.named_parameters(), expected.named_parameters(), strict=True
+        ):
+            assert name == other
+            assert value.dtype == torch.float32
+            assert torch.equal(value, reference)
+            assert skeleton.disk_name(f"{path}.{name}") == f"{path}.{name}"
+        skeleton.release_block(index)
+
+
+def test_a_checkpoint_of_the_bare_decoder_is_read_by_its_own_names() -> None:
+    model = tiny_model("llama-tied")
+    bare = Renamed(model, lambda name: name.removeprefix("model."))
+    skeleton = Skeleton(model.config, bare)
+    assert skeleton.missing() == []
+    assert skeleton.disk_name("model.layers.0.mlp.up_proj.weight") == "layers.0.mlp.up_proj.weight"
+    block = skeleton.load_block(0, CPU)
+    assert torch.equal(block.mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_missing_tensors_are_named_and_a_tied_head_is_not_missing() -> None:
+    model = tiny_model("llama-tied")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    assert Skeleton(model.config, Renamed(model, lambda name: "" if name == lost else name)).missing() == [lost]
+    untied = tiny_model("llama")
+    headless = Renamed(untied, lambda name: "" if name == "lm_head.weight" else name)
+    assert Skeleton(untied.config, headless).missing() == ["lm_head.weight"]
+
+
+def test_a_tied_head_stored_twice_is_a_duplicate_also_after_a_run_through_the_model() -> None:
+    model = tiny_model("llama-tied")
+
+    class Twice(WeightsOf):
+        @property
+        def names(self) -> list[str]:
+            return [*super().names, "lm_head.weight"]
+
+    skeleton = Skeleton(model.config, Twice(model))
+    expected = {"lm_head.weight": "model.embed_tokens.weight"}
+    assert skeleton.tied_duplicates() == expected
+    list(skeleton.start([(torch.arange(8).unsqueeze(0), None)], CPU))
+    assert skeleton.tied_duplicates() == expected
+    assert skeleton.missing() == []
+
+
+def test_linears_outside_the_blocks_are_known() -> None:
+    model = tiny_model("llama")
+    assert Skeleton(model.config, WeightsOf(model)).linears_outside_blocks() == ["lm_head"]
+
+
+def test_blocks_of_one_kind_share_what_discovery_found() -> None:
+    _, _, structures = block_probes(tiny_model("llama"))
+    assert structures[0] is structures[1]
+
+
+def test_every_block_gets_the_arguments_that_the_model_passes_it() -> None:
+    """Gemma's first block slides a window of 8 tokens, its second sees everything before it."""
+    _, probe, _ = block_probes(tiny_model("gemma3"))
+    sliding, full = (call.kwargs["attention_mask"] for call in probe.calls)
+    assert sliding[0, 0].sum(dim=-1).tolist() == [min(position + 1, 8) for position in range(16)]
+    assert full is None or full[0, 0].sum(dim=-1).tolist() == [position + 1 for position in range(16)]
+
+
+def test_names_match_with_or_without_the_prefix_of_the_base_model() -> None:
+    class Head(nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    assert names_on_disk(Head(), ["weight", "head.weight", "other"]) == {
+        "model.weight": "weight",
+        "head.weight": "head.weight",
+    }
+
+
+def test_a_model_that_skips_a_block_cannot_be_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    skeleton = Skeleton(model.config, WeightsOf(model))
+    decoder = type(model.model)
+    forward = decoder.forward
+
+    def first_block_only(self: Any, *arguments: Any, **choices: Any) -> Any:
+        whole, self.config.num_hidden_layers = self.config.num_hidden_layers, 1
+        try:
+            return forward(self, *arguments, **choices)
+        finally:
+            self.config.num_hidden_layers = whole
+
+    monkeypatch.setattr(decoder, "forward", first_block_only)
+    with pytest.raises(ModelError, match="visited 1 of its 2 blocks"):
+        list(skeleton.start([(torch.arange(8).unsqueeze(0), None)], CPU))
