@@ -91,3 +91,17 @@ def test_beside_something_kept_s_is_a_power_of_two_and_everything_exact() -> Non
             scale = found.channel_scale.reshape(-1, *(1,) * (value.dim() - 1))
             assert _is_stored(found.values[name])
             assert torch.equal(found.values[name] * scale, value)
+
+
+def test_a_norm_by_one_plus_w_beside_a_kept_consumer_is_exact_or_left_alone() -> None:
+    """s is a power of two, and 1 wherever (1 + w)/s - 1 is not a value of the file."""
+    offset = torch.cat([_random(N - 4, seed=2) * 0.2, torch.tensor([0.0, 1.0, -0.5, 3.0])]).to(BF16).float()
+    scale = torch.cat([SCALE[:-4], torch.tensor([2.0, 4.0, 0.5, 2.0])])
+    fold = _fold("offset norm", ("n.weight",), offset="n.weight")
+    found = store_producer(fold, {"n.weight": offset}, scale, BF16, keeps_full_precision=True)
+    exponents = torch.log2(found.channel_scale)
+    assert torch.equal(exponents, exponents.round())
+    assert _is_stored(found.values["n.weight"])
+    assert torch.equal((1 + found.values["n.weight"]) * found.channel_scale, 1 + offset)
+    assert found.channel_scale[-4:].tolist() == [2.0, 4.0, 0.5, 2.0]
+    assert bool((found.channel_scale == 1).any())

@@ -22,8 +22,7 @@ NORMS = [
     for block in (0, 1)
     for norm in ("input_layernorm", "post_attention_layernorm")
 ]
-# One family: the duo form divides by column norms, which are raw and so do feel the scale of the rows.
-AWQ = Recipe.method("awq", group_size=GROUP)
+RECIPES = {"awq": Recipe.method("awq", group_size=GROUP), "fast": Recipe.preset("fast", group_size=GROUP)}
 
 
 def _twin(model: Any) -> Any:
@@ -52,25 +51,28 @@ def test_the_twin_is_the_same_function() -> None:
         assert torch.equal(_twin(model)(ids).logits, model(ids).logits)
 
 
-def _norms(model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    result = run_on(model, folder, AWQ)
+def _norms(model: Any, folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
+    result = run_on(model, folder, recipe)
     assert all(block.num_fallbacks == 0 for block in result.report.blocks)
     tensors = written(result.directory)
     return {name: tensors[name] for name in NORMS}
 
 
-def test_a_twin_with_rescaled_rows_gets_the_same_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, twin = tiny_model("llama"), _twin(tiny_model("llama"))
-    plain, rescaled = _norms(model, tmp_path / "plain"), _norms(twin, tmp_path / "twin")
-    assert all(torch.equal(plain[name], rescaled[name]) for name in NORMS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_twin_with_rescaled_rows_gets_the_same_norms(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, twin, recipe = tiny_model("llama"), _twin(tiny_model("llama")), RECIPES[name]
+    plain, rescaled = _norms(model, tmp_path / "plain", recipe), _norms(twin, tmp_path / "twin", recipe)
+    assert all(torch.equal(plain[norm], rescaled[norm]) for norm in NORMS)
 
     def all_ones(context: Any, probe_rows: Any) -> dict[str, torch.Tensor]:
         return {name: torch.ones_like(rows) for name, rows in measure(context, probe_rows).items()}
 
     measure = block_step.measure_row_weights
     monkeypatch.setattr(block_step, "measure_row_weights", all_ones)
-    plain, rescaled = _norms(model, tmp_path / "plain1"), _norms(twin, tmp_path / "twin1")
-    assert not any(torch.equal(plain[name], rescaled[name]) for name in NORMS)
+    plain, rescaled = _norms(model, tmp_path / "plain1", recipe), _norms(twin, tmp_path / "twin1", recipe)
+    assert not any(torch.equal(plain[norm], rescaled[norm]) for norm in NORMS)
 
 
 def test_row_weights_are_mean_squared_gradients_of_a_probe() -> None:
@@ -96,7 +98,7 @@ def test_row_weights_follow_the_seed() -> None:
     model = tiny_model("llama")
     found = []
     for seed in (0, 0, 1):
-        context = block_context(model, recipe=replace(AWQ, seed=seed))
+        context = block_context(model, recipe=replace(RECIPES["awq"], seed=seed))
         found.append(measure_row_weights(context, hidden_states(context.skeleton, token_ids(2, 16)))["mlp.up_proj"])
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])

@@ -63,7 +63,8 @@ def search_channel_scale(
     weight, row_weight = torch.cat(list(weights)), torch.cat(list(row_weights))
     moment = second_moment(statistics)
     importance = tied_mean(IMPORTANCE[choices.importance](statistics), channel_of, num_producer_channels)
-    column_rms = tied_mean(weight.square().mean(dim=0), channel_of, num_producer_channels).sqrt()
+    column_energy = row_weight @ weight.square() / row_weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    column_rms = tied_mean(column_energy, channel_of, num_producer_channels).sqrt()
     unit_of_group = search_units(channel_of, num_producer_channels, plan.group_size)
     by_layer = choices.alpha_search == "layer"
     if by_layer:

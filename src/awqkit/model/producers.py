@@ -43,10 +43,7 @@ def store_producer(
     float32); its bias, which is stored, then defines s.
     """
     if keeps_full_precision:
-        channel_scale = nearest_power_of_two(channel_scale)
-        divided = {name: _divided(parameters[name], channel_scale, name == fold.offset) for name in fold.producer}
-        if fold.offset is None:
-            return StoredProducer(divided, channel_scale)
+        return _power_of_two_producer(fold, parameters, channel_scale, stored_dtype)
     if fold.offset is not None:
         stored, scale = exact_offset_under_storage(parameters[fold.offset], channel_scale, stored_dtype)
         others = {name: parameters[name] / scale for name in fold.producer if name != fold.offset}
@@ -65,6 +62,34 @@ def store_producer(
     return StoredProducer({vectors[0]: stored, vectors[1]: companion}, scale)
 
 
+def _power_of_two_producer(
+    fold: Fold, parameters: Mapping[str, Tensor], channel_scale: Tensor, stored_dtype: torch.dtype
+) -> StoredProducer:
+    """The producer divided by powers of two; s is 1 where rounding to the file's dtype does not commute with it.
+
+    It always does for what multiplies, short of the dtype's range; for 1 + w only where 1 + w' happens to fit.
+    """
+    scale = nearest_power_of_two(channel_scale)
+    commutes = torch.ones_like(scale, dtype=torch.bool)
+    for name in fold.producer:
+        gain = 1.0 if name == fold.offset else 0.0
+        plain = parameters[name].to(stored_dtype).to(torch.float32)
+        stored = _divided(plain, scale, name == fold.offset).to(stored_dtype).to(torch.float32)
+        same = (stored + gain) * _along_rows(scale, stored) == plain + gain
+        commutes &= same.reshape(len(scale), -1).all(dim=1)
+    scale = torch.where(commutes, scale, torch.ones_like(scale))
+    unscaled = scale == 1.0
+    values = {}
+    for name in fold.producer:
+        divided = _divided(parameters[name], scale, name == fold.offset)
+        values[name] = torch.where(_along_rows(unscaled, divided), parameters[name], divided)
+    return StoredProducer(values, scale)
+
+
+def _along_rows(per_row: Tensor, like: Tensor) -> Tensor:
+    return per_row.reshape(-1, *(1,) * (like.dim() - 1))
+
+
 def _divided(value: Tensor, scale: Tensor, offset: bool) -> Tensor:
-    scale = scale.reshape(-1, *(1,) * (value.dim() - 1))
+    scale = _along_rows(scale, value)
     return (1.0 + value) / scale - 1.0 if offset else value / scale

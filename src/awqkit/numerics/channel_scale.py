@@ -7,7 +7,7 @@ Two families of s over α on 21 points of [0, 1]:
 
     importance    a_j^(α/2)                        a_j is the importance of channel j: E[x_j²], or (E|x_j|)² as in AWQ
     duo           a_j^(α/2) / rms(W_:j)^(1−α)      divides by the column's own size, as AutoAWQ's duo scaling does, with
-                                                   raw column norms instead of its group-normalised means
+                                                   raw, row-weighted column norms in place of its means
 
 each normalised by √(max · min) over its search unit. The identity is always among the candidates.
 A search unit is the smallest set of whole groups that is closed under sharing a producer channel.
@@ -186,7 +186,7 @@ def nearly_exact_pair_under_storage(
 
     One s cannot make both quotients exact. The gain's is; among the `reach` neighbours of its stored value on both
     sides the one is taken whose s leaves the bias nearest to a value of `stored_dtype`, which costs s at most 3 %
-    and leaves of the bias's rounding error about a ninth.
+    and leaves about a fifth of the bias's rounding error.
     """
     base, _ = exact_under_storage(gain, channel_scale, stored_dtype)
     bits = base.to(stored_dtype).view(torch.int16).to(torch.int32)

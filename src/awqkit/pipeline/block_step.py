@@ -49,7 +49,7 @@ def quantize_block(context: BlockContext, streams: Streams | None, stage: Stage)
         return _result(context, choose_plainly(context, {}), [])
     stage("prove")
     searching = context.recipe.channel_scale != "none"
-    folds, refused = prove_folds(context) if searching else ([], [])
+    folds, refused = prove_folds(context, streams.probe) if searching else ([], [])
     stage("observe")
     row_weights = measure_row_weights(context, streams.probe) if searching else {}
     statistics = observe(context, streams.calibration)

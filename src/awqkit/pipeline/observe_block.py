@@ -14,6 +14,7 @@ from awqkit.model.structure import Fold
 from awqkit.numerics.statistics import Statistics, accumulate_, empty_statistics, finished
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
+from awqkit.pipeline.plan import Probe
 
 _SEED_STRIDE = 1_000_003  # keeps the probes of block i and seed j apart
 
@@ -29,10 +30,14 @@ def refuse_non_finite(context: BlockContext) -> None:
             )
 
 
-def prove_folds(context: BlockContext) -> tuple[list[tuple[Fold, float]], list[FoldDecision]]:
-    """The folds that are exact in this very block, with the proof's error, and a Decision for each refused one."""
-    run = context.plan.probe.runner(context.block, context.index)
-    hidden = context.plan.probe.hidden
+def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[Fold, float]], list[FoldDecision]]:
+    """The folds that are exact in this very block, with the proof's error, and a Decision for each refused one.
+
+    Proved twice: on the random probe, and on the hidden states that `rows` really have here, which may reach a clamp
+    or a branch that random ones do not.
+    """
+    probe = context.plan.probe
+    real = Probe(_first_tokens(context, rows, probe.hidden), probe.calls)
     proved = []
     refused = [
         FoldDecision(refusal.label, "none", refusal.consumers, 0, None, fallback=refusal.reason)
@@ -42,7 +47,10 @@ def prove_folds(context: BlockContext) -> tuple[list[tuple[Fold, float]], list[F
         if all(context.kept(name) for name in fold.consumers):
             continue  # nothing that s could help
         with torch.no_grad():
-            error = prove(context.block, run, hidden, context.structure, fold)
+            error = max(
+                prove(context.block, part.runner(context.block, context.index), part.hidden, context.structure, fold)
+                for part in (probe, real)
+            )
         if error <= PROOF_TOLERANCE:
             proved.append((fold, error))
         else:
@@ -51,6 +59,13 @@ def prove_folds(context: BlockContext) -> tuple[list[tuple[Fold, float]], list[F
                 FoldDecision(fold.label, fold.kind, fold.consumers, fold.num_channels, error, fallback=reason)
             )
     return proved, refused
+
+
+def _first_tokens(context: BlockContext, rows: HiddenStates, like: Tensor) -> Tensor:
+    """The first tokens of the first row, repeated where the row is shorter than the probe; the shape of `like`."""
+    _, hidden, _, _ = next(iter(rows.batches(context.index)))
+    position = torch.arange(like.shape[1], device=hidden.device) % hidden.shape[1]
+    return hidden[:1, position].clone()
 
 
 def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict[str, Tensor]:
