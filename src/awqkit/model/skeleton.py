@@ -38,10 +38,6 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def to(self, device: torch.device) -> BlockCall:
-        """The same arguments with every tensor on `device`."""
-        return BlockCall(_moved(self.args, device), _moved(self.kwargs, device))
-
 
 @dataclass(frozen=True, slots=True)
 class BlockInputs:
@@ -63,6 +59,10 @@ class Skeleton:
         self._list_path = _find_block_list(self._model)
         self._blocks = self._model.get_submodule(self._list_path)
         self._decoder = getattr(self._model, "base_model", self._model)
+        self._in_blocks = {id(part) for block in self._blocks for part in block.modules()}
+        self._disk_of_shared = {
+            self._shared[name]: disk for name, disk in self._on_disk.items() if name in self._shared
+        }
 
     @property
     def num_blocks(self) -> int:
@@ -151,7 +151,7 @@ class Skeleton:
                 _to_meta(module, recurse=False)
 
     def _inside_block(self, module: nn.Module) -> bool:
-        return any(module is part for block in self._blocks for part in block.modules())
+        return id(module) in self._in_blocks
 
     def _record(self, ids: Tensor, mask: Tensor | None) -> BlockInputs:
         hidden: list[Tensor] = []
@@ -193,7 +193,8 @@ class Skeleton:
     def _materialize(self, module: nn.Module, path: str, device: torch.device, *, recurse: bool = True) -> None:
         named = list(module.named_parameters(recurse=recurse)) + list(module.named_buffers(recurse=recurse))
         for name, value in named:
-            disk = self._on_disk.get(f"{path}.{name}" if path else name)
+            full = f"{path}.{name}" if path else name
+            disk = self._on_disk.get(full) or self._disk_of_shared.get(self._shared.get(full))
             if disk is None and value.device.type == "meta":
                 raise ModelError(f"the checkpoint has no tensor for {path}.{name}, which the model needs")
             owner_path, _, leaf = name.rpartition(".")
@@ -283,13 +284,3 @@ def _to_meta(module: nn.Module, *, recurse: bool = True) -> None:
         for leaf, value in owner._parameters.items():
             if value is not None:
                 owner._parameters[leaf] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
-    if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return value
