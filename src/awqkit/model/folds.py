@@ -48,7 +48,7 @@ class _Producer:
 
 
 def discover(block: nn.Module, run: RunBlock, hidden: Tensor) -> BlockStructure:
-    """The structure of a block with real weights. `run()` runs it on `hidden` `[1, tokens, width]` (float32).
+    """The structure of a block with real weights. `run()` runs it on `hidden` `[rows, tokens, width]` (float32).
 
     Parameters are changed on the way and restored exactly.
     """
@@ -273,7 +273,8 @@ def _read_factors(plain: Tensor, scaled: Tensor, factor: Tensor) -> Tensor | Non
 
 
 def _relative_change(changed: Tensor | None, plain: Tensor | None, hidden: Tensor) -> float:
+    """The largest change of any row, relative to what the block adds to that row; inf where it is not a number."""
     assert changed is not None and plain is not None
-    contribution = (plain - hidden).abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    change = float((changed - plain).abs().max() / contribution)
+    contribution = (plain - hidden).abs().amax(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+    change = float(((changed - plain).abs().amax(dim=(1, 2)) / contribution).max())
     return change if change == change else float("inf")

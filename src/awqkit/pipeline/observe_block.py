@@ -33,11 +33,11 @@ def refuse_non_finite(context: BlockContext) -> None:
 def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[Fold, float]], list[FoldDecision]]:
     """The folds that are exact in this very block, with the proof's error, and a Decision for each refused one.
 
-    Proved twice: on the random probe, and on the hidden states that `rows` really have here, which may reach a clamp
-    or a branch that random ones do not.
+    Proved on random hidden states and, in the probe's second row, on those that `rows` really have here, which may
+    reach a clamp or a branch that random ones do not.
     """
-    probe = context.plan.probe
-    real = Probe(_first_tokens(context, rows, probe.hidden), probe.calls)
+    probe = _with_real_states(context, rows)
+    run = probe.runner(context.block, context.index)
     proved = []
     refused = [
         FoldDecision(refusal.label, "none", refusal.consumers, 0, None, fallback=refusal.reason)
@@ -47,10 +47,7 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
         if all(context.kept(name) for name in fold.consumers):
             continue  # nothing that s could help
         with torch.no_grad():
-            error = max(
-                prove(context.block, part.runner(context.block, context.index), part.hidden, context.structure, fold)
-                for part in (probe, real)
-            )
+            error = prove(context.block, run, probe.hidden, context.structure, fold)
         if error <= PROOF_TOLERANCE:
             proved.append((fold, error))
         else:
@@ -61,11 +58,12 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
     return proved, refused
 
 
-def _first_tokens(context: BlockContext, rows: HiddenStates, like: Tensor) -> Tensor:
-    """The first tokens of the first row, repeated where the row is shorter than the probe; the shape of `like`."""
+def _with_real_states(context: BlockContext, rows: HiddenStates) -> Probe:
+    """The probe with the first tokens of the first row in place of its last row, repeated where that row is shorter."""
+    probe = context.plan.probe
     _, hidden, _, _ = next(iter(rows.batches(context.index)))
-    position = torch.arange(like.shape[1], device=hidden.device) % hidden.shape[1]
-    return hidden[:1, position].clone()
+    position = torch.arange(probe.hidden.shape[1], device=hidden.device) % hidden.shape[1]
+    return Probe(torch.cat([probe.hidden[:-1], hidden[:1, position]]), probe.calls)
 
 
 def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from awqkit.model.structure import BlockStructure
 from awqkit.recipe import DEFAULT_GROUP_SIZES, Recipe
 
 PROBE_TOKENS = 16
+PROBE_ROWS = 2  # for a proof the second row is the calibration's own hidden states
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class RunPlan:
 
 
 def make_probe(skeleton: Skeleton, device: torch.device) -> Probe:
-    """A probe of 16 tokens: the first ids of the vocabulary fix the arguments, the hidden states are N(0, 1)."""
-    ids = torch.arange(PROBE_TOKENS).unsqueeze(0)
+    """A probe of two rows of 16 tokens: the first ids of the vocabulary fix the arguments, the states are N(0, 1)."""
+    ids = torch.arange(PROBE_TOKENS).expand(PROBE_ROWS, PROBE_TOKENS)
     (started,) = skeleton.start([(ids, None)], device)
     noise = torch.randn(started.hidden.shape, generator=torch.Generator().manual_seed(0))
     return Probe(noise.to(device), started.calls)
