@@ -50,7 +50,7 @@ class CheckError(Exception):
 def prompt_logprobs(checkpoint: Path, tokens: list[int]) -> dict[str, Any]:
     """vLLM's log-probability of each token given those before it, and its greedy continuation."""
     os.environ.update(SETTINGS)
-    from vllm import LLM, SamplingParams  # after the settings, which vLLM reads on import
+    from vllm import LLM, SamplingParams, __version__  # after the settings, which vLLM reads on import
 
     engine = LLM(str(checkpoint), dtype="auto", enforce_eager=True, max_model_len=CONTEXT_TOKENS, max_num_seqs=4)
     wanted = SamplingParams(max_tokens=COMPLETION_TOKENS, temperature=0, prompt_logprobs=0)
@@ -61,6 +61,7 @@ def prompt_logprobs(checkpoint: Path, tokens: list[int]) -> dict[str, Any]:
     return {
         "logprobs": [position[token].logprob for token, position in following],
         "completion": list(answer.outputs[0].token_ids),
+        "versions": {"vllm": __version__},
     }
 
 

@@ -85,6 +85,14 @@ def vllm_check(python: Path, verb: str, checkpoint: Path, option: tuple[str, str
     return json.loads(out.read_text(encoding="utf-8"))
 
 
+def record(dtype: str, figures: dict) -> None:
+    """Add the figures of one dtype to the file that AWQKIT_VLLM_RESULTS names, if it names one."""
+    if named := os.environ.get("AWQKIT_VLLM_RESULTS"):
+        file = ROOT / named
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        file.write_text(json.dumps({**found, dtype: figures}, indent=1) + "\n", encoding="utf-8")
+
+
 def held_out_tokens(checkpoint: Path) -> list[int]:
     """The first token ids of the held-out text, by the checkpoint's own tokenizer."""
     from transformers import AutoTokenizer
@@ -119,6 +127,7 @@ def test_vllm_gives_the_log_probabilities_of_our_own_reader(
     difference = [abs(a - b) for a, b in zip(answer["logprobs"], reference, strict=True)]
     mean, largest = sum(difference) / len(difference), max(difference)
     print(f"{dtype}: |d log p| mean {mean:.4f}, max {largest:.4f} over {len(difference)} positions")
+    record(dtype, {"mean": mean, "max": largest, "positions": len(difference), **answer["versions"]})
     vocabulary = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     assert sum(reference) / len(reference) > 1 - math.log(vocabulary), "the model guesses: agreement means nothing"
     assert mean <= bounds.mean and largest <= bounds.largest
