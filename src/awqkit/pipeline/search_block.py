@@ -67,7 +67,9 @@ def choose(
         for name, plan in context.block_plan.linears.items()
         if plan.keep is None
     }
-    for position, entry in enumerate(applied):
+    # Folds that linears produce for come first: undoing one changes the rows of a linear that another fold feeds.
+    for position in sorted(range(len(applied)), key=lambda index: applied[index].fold.producer_linear is None):
+        entry = applied[position]
         consumers = [name for name in entry.fold.consumers if not context.kept(name)]
         plain, chosen = fold_errors(
             [quantized[name] for name in consumers],
