@@ -27,11 +27,14 @@ class TokenRows:
 
 
 class HiddenStates:
-    """What the next block reads: `[rows, tokens, width]` float32, visited batch by batch and overwritten in place."""
+    """What the next block reads: `[rows, tokens, width]` float32, visited batch by batch and overwritten in place.
 
-    def __init__(self, skeleton: Skeleton, rows: TokenRows, device: torch.device) -> None:
+    batch_divisor: how much smaller than usual a batch is, where more than the block's own weights is in memory.
+    """
+
+    def __init__(self, skeleton: Skeleton, rows: TokenRows, device: torch.device, *, batch_divisor: int = 1) -> None:
         self._device, self._mask = device, rows.mask
-        self._batches = list(_batches(rows.ids.shape, device))
+        self._batches = list(_batches(rows.ids.shape, device, batch_divisor))
         self._calls: dict[object, tuple[BlockCall, ...]] = {}
         self._states: Tensor | None = None
         for part, started in zip(self._batches, skeleton.start(self._split(rows), device), strict=True):
@@ -60,9 +63,9 @@ class HiddenStates:
         self._states[part] = hidden.to(self._states.device)
 
 
-def _batches(shape: torch.Size, device: torch.device) -> Iterator[slice]:
+def _batches(shape: torch.Size, device: torch.device, divisor: int) -> Iterator[slice]:
     rows, tokens = shape
-    step = max(1, _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"] // tokens)
+    step = max(1, _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"] // (divisor * tokens))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

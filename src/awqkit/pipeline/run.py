@@ -24,6 +24,7 @@ from awqkit.pipeline.plan import RunPlan
 from awqkit.recipe import Recipe
 
 _PROBE_ROWS = 2  # calibration rows that the row weights are measured on
+_CHECK_BATCH_DIVISOR = 4  # the check holds two more sets of the block's weights
 _TASK = "block"
 
 
@@ -99,7 +100,9 @@ def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None) -> Streams:
     return Streams(
         calibration=HiddenStates(job.skeleton, rows, job.device),
         probe=HiddenStates(job.skeleton, rows.rows(slice(0, _PROBE_ROWS)), job.device),
-        held_out=None if held_out is None else HiddenStates(job.skeleton, held_out, job.device),
+        held_out=None
+        if held_out is None
+        else HiddenStates(job.skeleton, held_out, job.device, batch_divisor=_CHECK_BATCH_DIVISOR),
     )
 
 
