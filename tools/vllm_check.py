@@ -34,6 +34,9 @@ SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    # torch 2.13's inductor passes its include path to the compiler unquoted: no compiling, so that a checkout whose
+    # path holds spaces works too
+    "TORCHDYNAMO_DISABLE": "1",
 }
 CONTEXT_TOKENS = 256
 COMPLETION_TOKENS = 8
