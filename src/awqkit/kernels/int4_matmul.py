@@ -32,8 +32,8 @@ def kernel_takes(
 ) -> bool:
     """Whether torch's int4 kernel for this device is usable and worth it.
 
-    bfloat16 only: for float32 and float16 the CPU has just a scalar loop (measured 50 times slower than a dense
-    product), CUDA nothing at all.
+    bfloat16 only: for float32 and float16 the CPU has just a scalar loop, several to many times slower than a
+    dense product, CUDA nothing at all.
     """
     if dtype != torch.bfloat16 or group_size not in _KERNEL_GROUP_SIZES or in_features % group_size:
         return False

@@ -118,7 +118,11 @@ def _result(
     ]
     for name in context.structure.unwatched:
         shape = tuple(context.parameters[name].shape)
-        kept.append(KeptDecision(f"{context.block_plan.path}.{name}", shape, "not called as a linear in this block"))
+        kept.append(
+            KeptDecision(
+                f"{context.block_plan.path}.{name}", shape, "not called exactly once as a linear in this block"
+            )
+        )
     decision = BlockDecision(
         index=context.index,
         path=context.block_plan.path,
