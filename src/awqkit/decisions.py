@@ -10,6 +10,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+# Where histograms count; a value counts at the nearest point, one outside at the first or last.
+ALPHA_POINTS = tuple(step / 20 for step in range(21))  # those that the search tries
+CLIP_POINTS = tuple(0.5 + step / 40 for step in range(21))  # those that the search tries
+LOG2_SCALE_POINTS = tuple(step / 8 for step in range(-40, 41))  # eighths of an octave
+SALIENT_CHANNEL_SHARES = (0.001, 0.01, 0.05, 0.1)
+
 
 @dataclass(frozen=True, slots=True)
 class AlphaSummary:
@@ -17,7 +23,8 @@ class AlphaSummary:
 
     num_units: search units. num_identity: units that stayed at s = 1. families: units won by each family.
     alpha_min, alpha_median, alpha_max: over the units that were scaled, None where none was.
-    scale_min, scale_max: the extremes of the final s.
+    scale_min, scale_max: the extremes of the s that the search chose.
+    counts: scaled units by their alpha, at `ALPHA_POINTS`.
     """
 
     num_units: int
@@ -28,6 +35,25 @@ class AlphaSummary:
     alpha_max: float | None
     scale_min: float
     scale_max: float
+    counts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleSummary:
+    """The final s of one fold as a distribution over its channels: see `numerics.scale_summary`.
+
+    Shares are of the fold's channels and relative to the mean. log2_counts: channels by log2 s, at `LOG2_SCALE_POINTS`.
+    """
+
+    mean: float
+    min: float
+    max: float
+    std: float
+    max_over_mean: float
+    share_above_5x: float
+    share_above_2x: float
+    share_below_half: float
+    log2_counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +63,7 @@ class FoldDecision:
     proof_error: largest relative change of the block's output under random powers of two.
     error_nearest, error_chosen: row-weighted errors of all consumers, relative to the first; None without a search.
     fallback: why s = 1 was restored, or why the fold was not used at all; None where s is in use.
+    scale: the final s, or what it would have been where a fallback restored 1; None without a search.
     """
 
     producer: str
@@ -48,6 +75,7 @@ class FoldDecision:
     error_nearest: float | None = None
     error_chosen: float | None = None
     fallback: str | None = None
+    scale: ScaleSummary | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +84,9 @@ class LinearDecision:
 
     clip_mean: mean share of the groups' range that was kept, 1 without clip.
     fallback: why a choice was undone for this linear, or None.
+    clip_counts: both ends of all groups by the share that was kept, at `CLIP_POINTS`; empty without clip.
+    saliency: (share of the input channels, share of plain rounding's output error that the most salient of them
+    carry), see `numerics.saliency`; empty without calibration.
     """
 
     name: str
@@ -68,6 +99,8 @@ class LinearDecision:
     weight_error: float
     clip_mean: float = 1.0
     fallback: str | None = None
+    clip_counts: tuple[int, ...] = ()
+    saliency: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

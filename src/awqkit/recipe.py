@@ -1,12 +1,14 @@
 """The Recipe: every choice that changes the bytes of the checkpoint, as one frozen value.
 
 A method is not a class. It is a choice in five slots: channel scale, grid, rounding, refinement, propagation.
-The slots that have only one entry today (rounding) are named all the same, so that a checkpoint says what made it;
-a slot with no entry yet has no field.
 
     Recipe.preset("fast")       channel scales from two families, two-ended clip, nearest rounding
+    Recipe.preset("balanced")   the same weighted by conditional variance, GPTQ, descent and refit, propagation
+    Recipe.preset("best")       four rounds of descent and refit, end-loss sensitivity
     Recipe.method("rtn")        round to nearest, nothing else; needs no calibration text
     Recipe.method("awq")        the AWQ paper's scale family, two-ended clip
+    Recipe.method("gptq")       GPTQ as published: act-order, mean damping, no clip
+    Recipe.method("smoothquant")   SmoothQuant: 8-bit weights and activations
 """
 
 from __future__ import annotations
@@ -26,26 +28,57 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-DEFAULT_QUALITY = "fast"
+DEFAULT_QUALITY = "balanced"
 DEFAULT_GROUP_SIZES = (128, 64, 32)  # tried in this order when no size is asked for
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "channel_scale": ("none", "search"),
-    "importance": ("square", "mean-abs"),
+    "channel_scale": ("none", "search", "smooth"),
+    "importance": ("square", "mean-abs", "conditional"),
+    "error_weight": ("moment", "conditional"),
     "alpha_search": ("group", "layer"),
     "clip": ("none", "shared", "ends"),
-    "rounding": ("nearest",),
-    "format": ("awq",),
+    "rounding": ("nearest", "gptq"),
+    "column_order": ("energy", "moment"),
+    "damping": ("own", "mean"),
+    "sensitivity": ("none", "end-loss"),
+    "format": ("awq", "compressed-tensors"),
+    "activations": ("none", "int8"),
 }
 SCALE_FAMILIES = ("importance", "duo")
+REFINEMENTS = ("descent", "refit")
+PER_CHANNEL = -1  # group size: one group a row
+AUTO = "auto"
 STORED_DTYPES = ("bfloat16", "float16")
 
-_PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"channel_scale": "search", "scale_families": ("importance", "duo"), "clip": "ends"},
+_FAST: dict[str, Any] = {"channel_scale": "search", "scale_families": ("importance", "duo"), "clip": "ends"}
+_BALANCED: dict[str, Any] = {
+    **_FAST,
+    "importance": "conditional",
+    "error_weight": "conditional",
+    "rounding": "gptq",
+    "refinement": ("descent", "refit"),
+    "rounds": 1,
+    "propagation": 0.5,
 }
+_PRESETS: dict[str, dict[str, Any]] = {
+    "fast": _FAST,
+    "balanced": _BALANCED,
+    "best": {**_BALANCED, "rounds": 4, "sensitivity": "end-loss"},
+}
+_TEXTBOOK: dict[str, Any] = {"channel_scale": "none", "clip": "none"}
 _METHODS: dict[str, dict[str, Any]] = {
-    "rtn": {"channel_scale": "none", "clip": "none"},
+    "rtn": _TEXTBOOK,
+    "gptq": {**_TEXTBOOK, "rounding": "gptq", "column_order": "moment", "damping": "mean", "damp_ratio": 0.01},
     "awq": {"channel_scale": "search", "scale_families": ("importance",), "clip": "ends"},
+    "smoothquant": {
+        "channel_scale": "smooth",
+        "clip": "none",
+        "bits": 8,
+        "group_size": PER_CHANNEL,
+        "symmetric": True,
+        "activations": "int8",
+        "format": "compressed-tensors",
+    },
 }
 
 
@@ -55,14 +88,26 @@ class Recipe:
 
     name: the preset or method that it was made from, for people.
     bits: 2 to 8; the format may hold fewer.
-    group_size: input channels that share one scale; None takes the largest of 128, 64, 32 that divides every linear.
+    group_size: input channels that share one scale; None takes the largest of 128, 64, 32 that divides every linear,
+        −1 one group per row.
     symmetric: zero point fixed in the middle of the code range.
-    channel_scale: "none", or "search" (per fold, alpha on 21 points of [0, 1], design: AWQ, Lin 2023, section 3.2).
+    activations: "none", or "int8": inputs rounded to 8 bits per token at run time as well (W8A8).
+    channel_scale: "none", "search" (per fold, alpha on 21 points of [0, 1]: AWQ, Lin 2023, section 3.2), or "smooth"
+        (SmoothQuant, Xiao 2022, section 4: activations and weights share the difficulty).
+    smooth_alpha: SmoothQuant's migration strength, None to search it on the same 21 points.
     scale_families: which forms of s take part in the search, see `numerics.channel_scale`.
-    importance: "mean-abs" (E|x|)², the statistic of the AWQ paper, or "square" E[x²] (measured worse, docs/log.md).
+    importance: "mean-abs" (E|x|)², the statistic of the AWQ paper; "square" E[x²] (measured worse, docs/log.md); or
+        "conditional", the variance given the columns that are rounded later, see `numerics.rounding_metric`.
+    error_weight: what scale and clip search weigh errors with: "moment" H, or "conditional" variance.
     alpha_search: "group" (each search unit its own alpha) or "layer" (one alpha, judged on the full gram).
     clip: "none", "shared" (one ratio for both ends of the range), "ends" (each end its own ratio).
-    rounding: "nearest".
+    rounding: "nearest" or "gptq".
+    column_order: order of GPTQ's columns: "energy" H_jj · mean W_ij², or "moment" H_jj (act-order).
+    damping, damp_ratio: what is added to H before it is factorised: a share of each channel's "own" H_jj, or of the "mean".
+    refinement, rounds: "descent" over codes and "refit" of the grid, in this order, so many times.
+    propagation: how much of the correction for errors of earlier linears is made, 0 … 1, or "auto": per linear input,
+        on rows held out.
+    sensitivity: "none", or "end-loss": errors weighted by the gradients of the model's own loss, across rows and tokens.
     dtype: the dtype of everything that is not packed; None keeps the source's, and turns float32 into bfloat16.
     ignore: globs on full module paths; a linear that matches stays in full precision.
     calibration: path of a .txt or .jsonl file, "builtin", or the name of a hub dataset.
@@ -73,12 +118,22 @@ class Recipe:
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = False
+    activations: str = "none"
     channel_scale: str = "search"
+    smooth_alpha: float | None = None
     scale_families: tuple[str, ...] = SCALE_FAMILIES
     importance: str = "mean-abs"
+    error_weight: str = "moment"
     alpha_search: str = "group"
     clip: str = "ends"
     rounding: str = "nearest"
+    column_order: str = "energy"
+    damping: str = "own"
+    damp_ratio: float = 0.05
+    refinement: tuple[str, ...] = ()
+    rounds: int = 0
+    propagation: float | str = 0.0
+    sensitivity: str = "none"
     format: str = "awq"
     dtype: str | None = None
     ignore: tuple[str, ...] = ()
@@ -93,24 +148,32 @@ class Recipe:
         unknown = [family for family in self.scale_families if family not in SCALE_FAMILIES]
         if unknown or (self.channel_scale == "search" and not self.scale_families):
             raise UsageError(f"scale_families is {self.scale_families}; it takes one or more of {SCALE_FAMILIES}")
+        if set(self.refinement) - set(REFINEMENTS):
+            raise UsageError(f"refinement is {self.refinement}; it takes {REFINEMENTS} or a part of them")
         if self.dtype is not None:
             _one_of("dtype", self.dtype, STORED_DTYPES)
         _whole("bits", self.bits, 2, 8)
-        if self.group_size is not None:
+        if self.group_size is not None and self.group_size != PER_CHANNEL:
             _whole("group_size", self.group_size, 8, 1 << 20)
+        _whole("rounds", self.rounds, 0, 64)
+        _share("damp_ratio", self.damp_ratio)
+        if self.smooth_alpha is not None:
+            _share("smooth_alpha", self.smooth_alpha)
+        if self.propagation != AUTO:
+            _share("propagation", self.propagation, f" or {AUTO!r}")
         _whole("samples", self.samples, 1, 1 << 24)
         _whole("seq_len", self.seq_len, 8, 1 << 20)
         _whole("seed", self.seed, 0, (1 << 63) - 1)
 
     @classmethod
     def preset(cls, quality: str, **overrides: Any) -> Recipe:
-        """The preset `quality` ("fast") with single fields replaced. Raises UsageError for an unknown name or field."""
+        """The preset `quality` ("fast", "balanced", "best") with single fields replaced. Raises UsageError for an unknown name or field."""
         _one_of("quality", quality, tuple(_PRESETS))
         return _build({"name": quality, **_PRESETS[quality], **overrides})
 
     @classmethod
     def method(cls, method: str, **overrides: Any) -> Recipe:
-        """The textbook method `method` ("rtn", "awq") with single fields replaced. Raises UsageError."""
+        """The textbook method `method` ("rtn", "gptq", "awq", "smoothquant") with fields replaced. Raises UsageError."""
         _one_of("method", method, tuple(_METHODS))
         return _build({"name": method, **_METHODS[method], **overrides})
 
@@ -131,7 +194,12 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether any choice looks at activations."""
-        return self.channel_scale != "none" or self.clip != "none"
+        return self.channel_scale != "none" or self.clip != "none" or self.rounding != "nearest" or self.propagates
+
+    @property
+    def propagates(self) -> bool:
+        """Whether a second stream runs through the quantized blocks."""
+        return self.propagation == AUTO or self.propagation > 0
 
     def ignores(self, module_path: str) -> bool:
         """Whether a glob of `ignore` matches the full module path, case-sensitively."""
@@ -164,7 +232,7 @@ def _build(fields: dict[str, Any]) -> Recipe:
     for key in fields:
         if key not in known:
             raise UsageError(f"unknown recipe field {key!r}; known fields are {', '.join(sorted(known))}")
-    for key in ("ignore", "scale_families"):
+    for key in ("ignore", "scale_families", "refinement"):
         if key in fields:
             value = fields[key]
             fields[key] = (value,) if isinstance(value, str) else tuple(value)
@@ -179,3 +247,8 @@ def _one_of(field: str, value: object, choices: tuple[str, ...]) -> None:
 def _whole(field: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise UsageError(f"{field} is {value!r}; it takes a whole number from {low} to {high}")
+
+
+def _share(field: str, value: object, also: str = "") -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise UsageError(f"{field} is {value!r}; it takes a number from 0 to 1{also}")

@@ -66,7 +66,15 @@ def test_every_source_dtype_is_written_in_the_right_one(quantize, place, source,
         assert (place.out / name).read_bytes() == (model / name).read_bytes()
 
 
-@pytest.mark.parametrize("flags", [(), ("--method", "awq", "--no-clip"), ("--symmetric",), ("--alpha-search", "layer")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--method", "awq", "--no-clip"),
+        ("--quality", "fast", "--symmetric"),
+        ("--quality", "fast", "--alpha-search", "layer"),
+    ],
+)
 def test_the_result_loads_and_stays_near_the_original(quantize, place, flags):
     assert quantize(*flags).code == 0
     ids = torch.randint(2, 4096, (2, 24), generator=torch.Generator().manual_seed(0))

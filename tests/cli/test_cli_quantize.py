@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,31 +11,33 @@ import pytest
 from awqkit import recipe as recipe_module
 from awqkit.cli import quantize as verb
 from awqkit.options import RunOptions
-from awqkit.recipe import Recipe
+from awqkit.recipe import DEFAULT_QUALITY, Recipe
+
+DEFAULT = partial(Recipe.preset, DEFAULT_QUALITY)
 
 
 @pytest.mark.parametrize(
     ("flags", "recipe"),
     [
-        ((), Recipe()),
-        (("--bits", "3"), Recipe(bits=3)),
-        (("--group-size", "64"), Recipe(group_size=64)),
-        (("--symmetric",), Recipe(symmetric=True)),
-        (("--asymmetric",), Recipe(symmetric=False)),
+        ((), DEFAULT()),
+        (("--bits", "3"), DEFAULT(bits=3)),
+        (("--group-size", "64"), DEFAULT(group_size=64)),
+        (("--symmetric",), DEFAULT(symmetric=True)),
+        (("--asymmetric",), DEFAULT(symmetric=False)),
         (("--quality", "fast"), Recipe.preset("fast")),
         (("--method", "rtn"), Recipe.method("rtn")),
         (("--method", "awq"), Recipe.method("awq")),
-        (("--alpha-search", "layer"), Recipe(alpha_search="layer")),
-        (("--importance", "mean-abs"), Recipe(importance="mean-abs")),
-        (("--clip",), Recipe(clip="ends")),
-        (("--no-clip",), Recipe(clip="none")),
+        (("--alpha-search", "layer"), DEFAULT(alpha_search="layer")),
+        (("--importance", "mean-abs"), DEFAULT(importance="mean-abs")),
+        (("--clip",), DEFAULT(clip="ends")),
+        (("--no-clip",), DEFAULT(clip="none")),
         (("--method", "rtn", "--clip"), Recipe.method("rtn", clip="ends")),
-        (("--dtype", "float16"), Recipe(dtype="float16")),
-        (("--dtype", "bf16"), Recipe(dtype="bfloat16")),
-        (("--calibration", "mine.txt"), Recipe(calibration="mine.txt")),
-        (("--samples", "16", "--seq-len", "256"), Recipe(samples=16, seq_len=256)),
-        (("--seed", "7"), Recipe(seed=7)),
-        (("--ignore", "*.a", "--ignore", "*.b"), Recipe(ignore=("*.a", "*.b"))),
+        (("--dtype", "float16"), DEFAULT(dtype="float16")),
+        (("--dtype", "bf16"), DEFAULT(dtype="bfloat16")),
+        (("--calibration", "mine.txt"), DEFAULT(calibration="mine.txt")),
+        (("--samples", "16", "--seq-len", "256"), DEFAULT(samples=16, seq_len=256)),
+        (("--seed", "7"), DEFAULT(seed=7)),
+        (("--ignore", "*.a", "--ignore", "*.b"), DEFAULT(ignore=("*.a", "*.b"))),
     ],
 )
 def test_flags_become_the_recipe(awqkit, api, flags, recipe):
@@ -68,12 +71,12 @@ def test_choices_offered_are_those_of_the_recipe():
 @pytest.mark.parametrize(
     ("toml", "flags", "recipe"),
     [
-        ("bits = 3\nseed = 5", (), Recipe(bits=3, seed=5)),
-        ("bits = 3\nseed = 5", ("--seed", "9"), Recipe(bits=3, seed=9)),
-        ("symmetric = true", ("--asymmetric",), Recipe(symmetric=False)),
-        ('clip = "none"', ("--clip",), Recipe(clip="ends")),
-        ('ignore = ["*.a"]', (), Recipe(ignore=("*.a",))),
-        ('ignore = ["*.a"]', ("--ignore", "*.b"), Recipe(ignore=("*.b",))),
+        ("bits = 3\nseed = 5", (), DEFAULT(bits=3, seed=5)),
+        ("bits = 3\nseed = 5", ("--seed", "9"), DEFAULT(bits=3, seed=9)),
+        ("symmetric = true", ("--asymmetric",), DEFAULT(symmetric=False)),
+        ('clip = "none"', ("--clip",), DEFAULT(clip="ends")),
+        ('ignore = ["*.a"]', (), DEFAULT(ignore=("*.a",))),
+        ('ignore = ["*.a"]', ("--ignore", "*.b"), DEFAULT(ignore=("*.b",))),
         ('method = "awq"', (), Recipe.method("awq")),
         ('quality = "fast"', ("--method", "rtn"), Recipe.method("rtn")),
         ('method = "rtn"\nbits = 3', ("--quality", "fast"), Recipe.preset("fast", bits=3)),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from awqkit.methods.fold import ChannelScale, ScaleChoices, consumer_scale, fold_errors, search_channel_scale
+from awqkit.methods.evidence import Evidence, Readers, original_evidence
+from awqkit.methods.fold import ChannelScale, ScaleChoices, Tied, consumer_scale, fold_errors, search_channel_scale
 from awqkit.methods.linear import QuantizedLinear, ScaledWeight, plain_weight, quantize_linear, round_plainly
 from awqkit.methods.plan import LinearPlan
 from awqkit.numerics.grid import dequantize
@@ -16,7 +17,8 @@ from awqkit.numerics.statistics import Statistics, accumulate_, empty_statistics
 
 GROUP, CHANNELS, OUTLIER = 8, 32, 5
 PLAN = LinearPlan("m", (20, CHANNELS), 4, GROUP, False, torch.bfloat16, "none", "nearest")
-FAST = ScaleChoices(("importance", "duo"), "square", "group")
+FAST = ScaleChoices("search", ("importance", "duo"), "square", "group", None)
+UNTIED = Tied(torch.arange(CHANNELS), CHANNELS)
 
 
 def _statistics(x: Tensor) -> Statistics:
@@ -39,16 +41,16 @@ def _ones(weights: list[Tensor]) -> list[Tensor]:
 
 
 def _search(
-    weights: list[Tensor], statistics: Statistics, choices: ScaleChoices = FAST, **other: object
+    weights: list[Tensor],
+    statistics: Statistics,
+    choices: ScaleChoices = FAST,
+    *,
+    row_weights: list[Tensor] | None = None,
+    tied: Tied = UNTIED,
 ) -> ChannelScale:
-    arguments = {
-        "row_weights": _ones(weights),
-        "channel_of": torch.arange(CHANNELS),
-        "num_producer_channels": CHANNELS,
-        "plan": PLAN,
-        **other,
-    }
-    return search_channel_scale(weights, statistics=statistics, choices=choices, **arguments)
+    readers = Readers(tuple(weights), tuple(row_weights or _ones(weights)))
+    evidence = original_evidence(statistics, readers, None)
+    return search_channel_scale(readers, statistics, evidence, tied, PLAN, choices)
 
 
 def _error_under(weights: list[Tensor], s: Tensor, moment: Tensor) -> float:
@@ -67,7 +69,7 @@ def test_a_planted_outlier_channel_is_found_and_its_error_falls(
     search: str, families: tuple[str, ...], importance: str
 ) -> None:
     weights, statistics = _weights(), _statistics(_inputs())
-    found = _search(weights, statistics, ScaleChoices(families, importance, search))
+    found = _search(weights, statistics, ScaleChoices("search", families, importance, search, None))
     assert int(found.per_channel.argmax()) == OUTLIER
     assert float(found.per_channel[OUTLIER]) > 1.5
     moment = second_moment(statistics)
@@ -92,7 +94,7 @@ def test_a_layer_search_judges_on_the_full_moment() -> None:
     x = torch.randn(300, 1, generator=generator) + 0.05 * torch.randn(300, CHANNELS, generator=generator)
     x = x * torch.exp(0.5 * torch.randn(CHANNELS, generator=generator))
     weights, statistics = _weights(1), _statistics(x)
-    per_layer = _search(weights, statistics, ScaleChoices(("importance",), "square", "layer"))
+    per_layer = _search(weights, statistics, ScaleChoices("search", ("importance",), "square", "layer", None))
     moment = second_moment(statistics)
     importance = moment.diagonal()
     errors = {}
@@ -110,7 +112,9 @@ def test_mean_abs_and_square_weigh_rare_spikes_differently() -> None:
     x[::40, 1] = 40.0  # as large on average as a channel of ±1, but 40 times its energy
     weights, statistics = _weights(), _statistics(x)
     found = {
-        kind: _search(weights, statistics, ScaleChoices(("importance",), kind, "group")).per_channel[:GROUP]
+        kind: _search(weights, statistics, ScaleChoices("search", ("importance",), kind, "group", None)).per_channel[
+            :GROUP
+        ]
         for kind in ("square", "mean-abs")
     }
     assert float(found["square"][1]) > 1.5 * float(found["square"][0])
@@ -120,7 +124,7 @@ def test_mean_abs_and_square_weigh_rare_spikes_differently() -> None:
 def test_channels_without_a_producer_keep_s_at_one_and_tied_ones_share_it() -> None:
     channel_of = torch.arange(CHANNELS) // 2
     channel_of[OUTLIER * 2 % CHANNELS + 3] = -1
-    found = _search(_weights(), _statistics(_inputs()), channel_of=channel_of, num_producer_channels=20)
+    found = _search(_weights(), _statistics(_inputs()), tied=Tied(channel_of, 20))
     assert found.per_channel.shape == (20,)
     assert torch.equal(found.per_channel[16:], torch.ones(4))  # nobody reads these
     on_inputs = consumer_scale(found.per_channel, channel_of)
@@ -133,7 +137,7 @@ def test_channels_without_a_producer_keep_s_at_one_and_tied_ones_share_it() -> N
 def test_rows_that_nothing_depends_on_do_not_take_part() -> None:
     statistics = _statistics(_inputs())
     weights = [*_weights(), 50.0 * torch.randn(30, CHANNELS, generator=torch.Generator().manual_seed(9))]
-    choices = ScaleChoices(("importance",), "square", "group")
+    choices = ScaleChoices("search", ("importance",), "square", "group", None)
     silent = _search(weights, statistics, choices, row_weights=[*_ones(weights[:2]), torch.zeros(30)])
     loud = _search(weights, statistics, choices)
     without = _search(weights[:2], statistics, choices)
@@ -176,7 +180,7 @@ def test_dead_input_channels_do_not_break_the_search() -> None:
 
 
 def _quantized(scaled: list[ScaledWeight], moment: Tensor) -> list[QuantizedLinear]:
-    return [quantize_linear(entry, moment, replace(PLAN, clip="ends")) for entry in scaled]
+    return [quantize_linear(entry, Evidence(moment, None), replace(PLAN, clip="ends")) for entry in scaled]
 
 
 def test_fold_errors_are_the_summed_errors_in_the_originals_units() -> None:
@@ -185,7 +189,7 @@ def test_fold_errors_are_the_summed_errors_in_the_originals_units() -> None:
     s = _search(weights, statistics).per_channel
     row_scale = [torch.exp(torch.randn(len(weight))) for weight in weights]
     row_weights = [torch.rand(len(weight)) for weight in weights]
-    scaled = [ScaledWeight(weight, s, rows) for weight, rows in zip(weights, row_scale, strict=True)]
+    scaled = [ScaledWeight(weight, weight, s, rows) for weight, rows in zip(weights, row_scale, strict=True)]
     linears = _quantized(scaled, moment)
     plain, chosen = fold_errors(linears, scaled, row_weights, moment)
     expected = [0.0, 0.0]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from awqkit.numerics.channel_scale import ALPHAS, best_per_unit, candidates, rounding_errors, search_units, tied_mean
+from awqkit.numerics.output_error import diagonal_blocks
 
 GROUP = 4
 BOTH = ("importance", "duo")
@@ -154,14 +155,14 @@ def test_rounding_errors_equal_a_loop_over_rows_and_groups(bits: int, symmetric:
     tried = candidates(importance, column_rms, torch.arange(12), torch.arange(12) // GROUP, BOTH)[::5]
     found = rounding_errors(
         weight,
-        moment,
+        diagonal_blocks(moment, GROUP),
         rows,
         tried,
         bits=bits,
         group_size=GROUP,
         symmetric=symmetric,
         stored_dtype=torch.bfloat16,
-        full_moment=full,
+        full_moment=moment if full else None,
     )
     assert found.shape == (len(tried), 1 if full else 3)
     for errors, candidate in zip(found, tried, strict=True):
@@ -176,30 +177,30 @@ def test_rounding_errors_do_not_depend_on_the_tiles_of_rows() -> None:
     moment = torch.eye(96) * torch.linspace(0.5, 9.0, 96)
     units = torch.arange(96) // 32
     tried = candidates(moment.diagonal(), torch.ones(96), torch.arange(96), units, ("importance",))[::10]
-    choices = {"bits": 4, "group_size": 32, "symmetric": False, "stored_dtype": torch.bfloat16, "full_moment": False}
-    at_once = rounding_errors(weight, moment, rows, tried, **choices)
+    choices = {"bits": 4, "group_size": 32, "symmetric": False, "stored_dtype": torch.bfloat16}
+    blocks = diagonal_blocks(moment, 32)
+    at_once = rounding_errors(weight, blocks, rows, tried, **choices)
     parts = [
-        rounding_errors(weight[i : i + 500], moment, rows[i : i + 500], tried, **choices) for i in range(0, 3000, 500)
+        rounding_errors(weight[i : i + 500], blocks, rows[i : i + 500], tried, **choices) for i in range(0, 3000, 500)
     ]
     torch.testing.assert_close(at_once, torch.stack(parts).sum(dim=0), rtol=1e-4, atol=0)
 
 
 def test_inputs_of_the_search_stay_as_they_are() -> None:
-    weight, moment, rows = torch.randn(4, 8), torch.eye(8), torch.ones(4)
-    saved = [value.clone() for value in (weight, moment, rows)]
+    weight, blocks, rows = torch.randn(4, 8), torch.eye(GROUP).repeat(2, 1, 1), torch.ones(4)
+    saved = [value.clone() for value in (weight, blocks, rows)]
     tried = candidates(torch.ones(8), torch.ones(8), torch.arange(8), torch.zeros(8, dtype=torch.int64), BOTH)
     rounding_errors(
         weight,
-        moment,
+        blocks,
         rows,
         tried,
         bits=4,
         group_size=GROUP,
         symmetric=False,
         stored_dtype=torch.bfloat16,
-        full_moment=False,
     )
-    assert all(torch.equal(a, b) for a, b in zip(saved, (weight, moment, rows), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(saved, (weight, blocks, rows), strict=True))
 
 
 def test_the_best_candidate_of_a_unit_is_judged_on_the_sum_of_its_groups() -> None:

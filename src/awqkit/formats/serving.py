@@ -6,8 +6,10 @@ They know linears by the last part of the path, so this does too; the quantizer 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from awqkit.errors import FormatError
 
 PARALLEL_SIZES = (2, 4, 8)
 
@@ -51,6 +53,18 @@ def fused_partners(linears: Iterable[str]) -> list[tuple[str, ...]]:
     [('m.q_proj', 'm.k_proj', 'm.v_proj')]
     """
     return [unit.parts for unit in fused_units(linears)]
+
+
+def refuse_split(units: Sequence[FusedUnit], kept: Collection[str]) -> None:
+    """Raises FormatError where some parts of a unit are `kept` in full precision and others are not."""
+    for unit in units:
+        inside = [part for part in unit.parts if part in kept]
+        outside = [part for part in unit.parts if part not in kept]
+        if inside and outside:
+            raise FormatError(
+                f"{inside[0]} is kept and {outside[0]} quantized, but servers hold both in one {unit.path}: "
+                "keep all of its parts (--ignore) or none"
+            )
 
 
 def tensor_parallel_cautions(linears: Mapping[str, tuple[int, int]], group_size: int, word_columns: int) -> list[str]:

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from awqkit.decisions import AlphaSummary
-from awqkit.methods.linear import QuantizedLinear, ScaledWeight, plain_weight
+from awqkit.methods.evidence import Evidence, Readers
+from awqkit.methods.linear import QuantizedLinear, ScaledWeight, group_weights, plain_weight
 from awqkit.methods.plan import LinearPlan
+from awqkit.numerics.activations import token_rounding_error
 from awqkit.numerics.channel_scale import (
     Candidate,
     best_per_unit,
     candidates,
     rounding_errors,
     search_units,
+    smooth_candidates,
     tied_mean,
 )
 from awqkit.numerics.output_error import weighted_error
@@ -33,59 +36,118 @@ class ChannelScale:
 
 @dataclass(frozen=True, slots=True)
 class ScaleChoices:
-    """The Recipe's part of a search: see `Recipe.scale_families`, `importance` and `alpha_search`."""
+    """The Recipe's part of a search: see `Recipe.channel_scale`, `scale_families`, `importance`, `alpha_search`."""
 
+    channel_scale: str
     families: tuple[str, ...]
     importance: str
     alpha_search: str
+    smooth_alpha: float | None
 
 
-IMPORTANCE: dict[str, Callable[[Statistics], Tensor]] = {
-    "square": lambda statistics: second_moment(statistics).diagonal(),
-    "mean-abs": lambda statistics: statistics.mean_abs.square(),
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """Which producer channel every input channel reads: `channel_of` `[in]` int64, −1 where s must stay 1."""
+
+    channel_of: Tensor
+    num_producer_channels: int
+
+    def mean(self, values: Tensor) -> Tensor:
+        """`values` `[in]` averaged over the input channels of one producer channel."""
+        return tied_mean(values, self.channel_of, self.num_producer_channels)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of `values` `[in]` ≥ 0 over the input channels of one producer channel; −1 gives 1."""
+        tied = self.channel_of >= 0
+        top = torch.zeros(self.num_producer_channels, device=values.device)
+        top.scatter_reduce_(0, self.channel_of[tied], values[tied], "amax")
+        return torch.where(tied, top[self.channel_of.clamp(min=0)], torch.ones_like(values))
+
+
+def _conditional(statistics: Statistics, evidence: Evidence) -> Tensor:
+    assert evidence.metric is not None
+    return evidence.metric.variance
+
+
+IMPORTANCE: dict[str, Callable[[Statistics, Evidence], Tensor]] = {
+    "square": lambda statistics, evidence: second_moment(statistics).diagonal(),
+    "mean-abs": lambda statistics, evidence: statistics.mean_abs.square(),
+    "conditional": _conditional,
 }
 
 
 def search_channel_scale(
-    weights: Sequence[Tensor],
-    row_weights: Sequence[Tensor],
-    statistics: Statistics,
-    channel_of: Tensor,
-    num_producer_channels: int,
-    plan: LinearPlan,
-    choices: ScaleChoices,
+    readers: Readers, statistics: Statistics, evidence: Evidence, tied: Tied, plan: LinearPlan, choices: ScaleChoices
 ) -> ChannelScale:
-    """The s that minimises the consumers' summed error of nearest rounding.
+    """The s that minimises the consumers' summed error.
 
-    weights: float32 `[out_i, in]`, one per consumer, unscaled. row_weights: `[out_i]`, what an error in each output
-    row costs. channel_of: `[in]` int64, −1 where s must stay 1. plan: any consumer's (they share a grid's choices).
+    readers: the consumers, unscaled. statistics, evidence: of their input on the original stream. plan: any consumer's
+    (they share a grid's choices).
     """
-    weight, row_weight = torch.cat(list(weights)), torch.cat(list(row_weights))
-    moment = second_moment(statistics)
-    importance = tied_mean(IMPORTANCE[choices.importance](statistics), channel_of, num_producer_channels)
-    column_energy = row_weight @ weight.square() / row_weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    column_rms = tied_mean(column_energy, channel_of, num_producer_channels).sqrt()
-    unit_of_group = search_units(channel_of, num_producer_channels, plan.group_size)
+    search = _search_smoothing if choices.channel_scale == "smooth" else _search_families
+    return search(readers, statistics, evidence, tied, plan, choices)
+
+
+def _search_families(
+    readers: Readers, statistics: Statistics, evidence: Evidence, tied: Tied, plan: LinearPlan, choices: ScaleChoices
+) -> ChannelScale:
+    """AWQ and what measured better: each search unit takes the best α of the best family."""
+    importance = tied.mean(IMPORTANCE[choices.importance](statistics, evidence))
+    column_rms = tied.mean(readers.column_energy).sqrt()
     by_layer = choices.alpha_search == "layer"
+    unit_of_group = search_units(tied.channel_of, tied.num_producer_channels, plan.group_size)
     if by_layer:
         unit_of_group = torch.zeros_like(unit_of_group)
     unit_of_channel = unit_of_group.repeat_interleave(plan.group_size)
-    tried = candidates(importance, column_rms, channel_of, unit_of_channel, choices.families)
+    tried = candidates(importance, column_rms, tied.channel_of, unit_of_channel, choices.families)
+    on_full_moment = by_layer and plan.error_weight == "moment"
     errors = rounding_errors(
-        weight,
-        moment,
-        row_weight,
+        torch.cat(readers.weights),
+        group_weights(evidence.moment, evidence.metric, plan),
+        readers.row_weight,
         tried,
         group_size=plan.group_size,
-        full_moment=by_layer,
+        full_moment=evidence.moment if on_full_moment else None,
         **plan.grid_choices,
     )
-    best = best_per_unit(errors, unit_of_group[:1] if by_layer else unit_of_group)
+    best = best_per_unit(errors, unit_of_group[:1] if on_full_moment else unit_of_group)
+    return _chosen(tried, best, unit_of_channel, tied)
+
+
+def _search_smoothing(
+    readers: Readers, statistics: Statistics, evidence: Evidence, tied: Tied, plan: LinearPlan, choices: ScaleChoices
+) -> ChannelScale:
+    """SmoothQuant (Xiao 2022, section 4): one α per fold, the given one, or the best of 21 for weights and inputs."""
+    weight = torch.cat(readers.weights)
+    tried = smooth_candidates(
+        tied.largest(statistics.max_abs),
+        tied.largest(weight.abs().amax(dim=0)),
+        tied.channel_of,
+        choices.smooth_alpha,
+    )
+    unit_of_channel = torch.zeros_like(tied.channel_of)
+    if choices.smooth_alpha is not None:
+        return _chosen(tried, unit_of_channel[:1], unit_of_channel, tied)
+    errors = rounding_errors(
+        weight,
+        group_weights(evidence.moment, evidence.metric, plan),
+        readers.row_weight,
+        tried,
+        group_size=plan.group_size,
+        full_moment=evidence.moment,
+        **plan.grid_choices,
+    )
+    for index, candidate in enumerate(tried):
+        errors[index] += token_rounding_error(weight, statistics.max_abs, candidate.channel_scale, readers.row_weight)
+    return _chosen(tried, best_per_unit(errors, unit_of_channel[:1]), unit_of_channel, tied)
+
+
+def _chosen(tried: Sequence[Candidate], best: Tensor, unit_of_channel: Tensor, tied: Tied) -> ChannelScale:
     scale = torch.stack([candidate.channel_scale for candidate in tried])
     chosen = scale.gather(0, best[unit_of_channel].unsqueeze(0)).squeeze(0)
-    per_channel = torch.ones(num_producer_channels, device=weight.device)
-    tied = channel_of >= 0
-    per_channel[channel_of[tied]] = chosen[tied]
+    per_channel = torch.ones(tied.num_producer_channels, device=scale.device)
+    held = tied.channel_of >= 0
+    per_channel[tied.channel_of[held]] = chosen[held]
     return ChannelScale(per_channel, _summary(tried, best, per_channel))
 
 
@@ -119,10 +181,21 @@ def fold_errors(
 ) -> tuple[float, float]:
     """The consumers' summed, row-weighted errors on the full H: of plain rounding at s = 1, and of what was chosen.
 
-    moment: H `[in, in]` of the original input. The rows' own division r is the same on both sides.
+    moment: H `[in, in]` of the input that they get, in the original's units. Both are measured from the weight aimed at;
+    the rows' own division r is the same on both sides.
     """
     plain, chosen = 0.0, 0.0
     for linear, weight, row_weight in zip(consumers, scaled, row_weights, strict=True):
-        chosen += weighted_error(linear.restored - weight.original, moment, row_weight)
-        plain += weighted_error(plain_weight(weight, linear.plan) - weight.original, moment, row_weight)
+        chosen += weighted_error(linear.restored - weight.target, moment, row_weight)
+        plain += weighted_error(plain_weight(weight, linear.plan) - weight.target, moment, row_weight)
+    return plain, chosen
+
+
+def smoothing_errors(scaled: Sequence[ScaledWeight], row_weights: Sequence[Tensor], max_abs: Tensor) -> tuple[float, float]:
+    """What rounding the input per token adds to `fold_errors`: at s = 1, and at the chosen s. max_abs: `[in]`."""
+    plain, chosen = 0.0, 0.0
+    for weight, row_weight in zip(scaled, row_weights, strict=True):
+        ones = torch.ones_like(weight.channel_scale)
+        plain += token_rounding_error(weight.original, max_abs, ones, row_weight)
+        chosen += token_rounding_error(weight.original, max_abs, weight.channel_scale, row_weight)
     return plain, chosen

@@ -1,29 +1,34 @@
-"""One linear: grid, clip and rounding, and the check that they did no harm."""
+"""One linear: grid, clip, rounding and refinement, and the check that they did no harm."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from awqkit.decisions import LinearDecision
+from awqkit.methods.evidence import Evidence
 from awqkit.methods.plan import LinearPlan
-from awqkit.methods.slots import CLIP, ROUNDING
+from awqkit.methods.slots import CLIP, REFINEMENT, ROUNDING
 from awqkit.numerics.grid import QuantizedWeight, dequantize, split_groups
 from awqkit.numerics.output_error import diagonal_blocks, row_errors, weighted_error
 from awqkit.numerics.rounding import round_nearest, span_grid
+from awqkit.numerics.rounding_metric import RoundingMetric
 
 
 @dataclass(frozen=True, slots=True)
 class ScaledWeight:
-    """A linear on its way to the quantizer: `weight` = original · s / r, float32 `[out, in]`.
+    """A linear on its way to the quantizer: `weight` = target · s / r, float32 `[out, in]`.
 
+    original: W as the checkpoint has it. target: what is aimed at, W itself or W* (`numerics.propagation`).
     channel_scale: s `[in]`, what the folds that it reads from multiplied its columns by.
     row_scale: r `[out]`, what the fold that it produces for divided its rows by.
     """
 
     original: Tensor
+    target: Tensor
     channel_scale: Tensor
     row_scale: Tensor
 
@@ -31,12 +36,12 @@ class ScaledWeight:
     def unscaled(cls, weight: Tensor) -> ScaledWeight:
         """The weight as the checkpoint has it."""
         rows, columns = weight.shape
-        return cls(weight, torch.ones(columns, device=weight.device), torch.ones(rows, device=weight.device))
+        return cls(weight, weight, torch.ones(columns, device=weight.device), torch.ones(rows, device=weight.device))
 
     @property
     def weight(self) -> Tensor:
         """What the quantizer gets, in float32: a stored group_scale could not be divided exactly afterwards."""
-        return self.original * self.channel_scale / self.row_scale.unsqueeze(1)
+        return self.target * self.channel_scale / self.row_scale.unsqueeze(1)
 
     def restored(self, weight: Tensor) -> Tensor:
         """A weight in the quantizer's units back in the original's: what the linear computes in the folded model."""
@@ -45,12 +50,28 @@ class ScaledWeight:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """The codes of one linear with the float32 weight that they mean in the original's units, and the Decision."""
+    """The codes of one linear, and the Decision.
+
+    channel_scale: s `[in]`, which the input that it really gets was divided by. restored: float32 `[out, in]`, what the
+    codes mean in the original's units.
+    """
 
     plan: LinearPlan
     quantized: QuantizedWeight
+    channel_scale: Tensor
     restored: Tensor
     decision: LinearDecision
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Codes on a grid, and the mean share of the groups' range that was kept."""
+
+    quantized: QuantizedWeight
+    clip_mean: float
+
+
+Rounder = Callable[[ScaledWeight, Evidence, LinearPlan], Rounded]
 
 
 def round_plainly(weight: Tensor, plan: LinearPlan) -> QuantizedWeight:
@@ -60,57 +81,85 @@ def round_plainly(weight: Tensor, plan: LinearPlan) -> QuantizedWeight:
 
 def plain_weight(scaled: ScaledWeight, plan: LinearPlan) -> Tensor:
     """What plain rounding at s = 1 makes of the linear, float32 `[out, in]` in the original's units; r is kept."""
-    unscaled = replace(scaled, channel_scale=torch.ones_like(scaled.channel_scale))
+    unscaled = replace(scaled, target=scaled.original, channel_scale=torch.ones_like(scaled.channel_scale))
     plain = round_plainly(unscaled.weight, plan)
     return unscaled.restored(dequantize(plain.codes, plain.grid))
 
 
-def quantize_linear(scaled: ScaledWeight, moment: Tensor | None, plan: LinearPlan) -> QuantizedLinear:
-    """The quantized linear by the plan's clip and rounding, never worse than nearest rounding under the same s.
+def group_weights(moment: Tensor, metric: RoundingMetric | None, plan: LinearPlan) -> Tensor:
+    """What scale and clip search weigh a group's error with: H's block, or the conditional variance of its columns."""
+    if plan.error_weight == "moment":
+        return diagonal_blocks(moment, plan.group_size)
+    assert metric is not None
+    return metric.variance.reshape(-1, plan.group_size)
 
-    moment: H `[in, in]` float32 of the *original* input, or None without calibration (then nothing is searched).
-    """
+
+def round_rows_alike(scaled: ScaledWeight, evidence: Evidence, plan: LinearPlan) -> Rounded:
+    """Clip, rounding and refinement by the plan; rows do not meet. The step that everything else is built around."""
     weight = scaled.weight
-    nearest = round_plainly(weight, plan)
-    if moment is None:
-        return _decided(scaled, None, plan, nearest, 1.0, None)
-    scaled_moment = moment / scaled.channel_scale.unsqueeze(0) / scaled.channel_scale.unsqueeze(1)
+    metric = None if evidence.metric is None else evidence.metric.scaled(scaled.channel_scale)
+    ratio_low, ratio_high, clip_mean = None, None, 1.0
     clip = CLIP[plan.clip]
-    if clip is None:
-        chosen, clip_mean = ROUNDING[plan.rounding](weight, nearest.grid), 1.0
-    else:
+    if clip is not None:
+        moment = evidence.moment / scaled.channel_scale.unsqueeze(0) / scaled.channel_scale.unsqueeze(1)
         grouped = split_groups(weight, plan.group_size)
-        low, high = clip(grouped, diagonal_blocks(scaled_moment, plan.group_size), **plan.grid_choices)
-        grid = span_grid(weight, group_size=plan.group_size, ratio_low=low, ratio_high=high, **plan.grid_choices)
-        chosen, clip_mean = ROUNDING[plan.rounding](weight, grid), float((low.mean() + high.mean()) / 2)
-    error_nearest = weighted_error(dequantize(nearest.codes, nearest.grid) - weight, scaled_moment)
-    error_chosen = weighted_error(dequantize(chosen.codes, chosen.grid) - weight, scaled_moment)
-    if error_chosen > error_nearest:
+        ratio_low, ratio_high = clip(grouped, group_weights(moment, metric, plan), **plan.grid_choices)
+        clip_mean = float((ratio_low.mean() + ratio_high.mean()) / 2)
+    grid = span_grid(
+        weight, group_size=plan.group_size, ratio_low=ratio_low, ratio_high=ratio_high, **plan.grid_choices
+    )
+    chosen = ROUNDING[plan.rounding](weight, grid, metric)
+    for _ in range(plan.rounds):
+        for step in plan.refinement:
+            chosen = REFINEMENT[step](weight, chosen, metric, plan.stored_dtype)
+    return Rounded(chosen, clip_mean)
+
+
+def quantize_linear(
+    scaled: ScaledWeight,
+    evidence: Evidence | None,
+    plan: LinearPlan,
+    row_weight: Tensor | None = None,
+    round_rows: Rounder = round_rows_alike,
+) -> QuantizedLinear:
+    """The quantized linear, never worse than nearest rounding of the same target under the same s.
+
+    evidence: of the input that it gets, or None without calibration (then nothing is searched). row_weight: as
+    `output_error.weighted_error` takes it, what "worse" is measured with.
+    """
+    nearest = Rounded(round_plainly(scaled.weight, plan), 1.0)
+    if evidence is None:
+        return _decided(scaled, None, plan, nearest, None)
+    chosen = round_rows(scaled, evidence, plan)
+    errors = [
+        weighted_error(_restored(scaled, each) - scaled.target, evidence.moment, row_weight)
+        for each in (nearest, chosen)
+    ]
+    if errors[1] > errors[0]:
         reason = (
             f"clip and rounding raised the output error under this scale "
-            f"({error_chosen:.3e} > {error_nearest:.3e}): nearest rounding kept"
+            f"({errors[1]:.3e} > {errors[0]:.3e}): nearest rounding kept"
         )
-        return _decided(scaled, moment, plan, nearest, 1.0, reason)
-    return _decided(scaled, moment, plan, chosen, clip_mean, None)
+        return _decided(scaled, evidence.moment, plan, nearest, reason)
+    return _decided(scaled, evidence.moment, plan, chosen, None)
+
+
+def _restored(scaled: ScaledWeight, rounded: Rounded) -> Tensor:
+    return scaled.restored(dequantize(rounded.quantized.codes, rounded.quantized.grid))
 
 
 def _decided(
-    scaled: ScaledWeight,
-    moment: Tensor | None,
-    plan: LinearPlan,
-    chosen: QuantizedWeight,
-    clip_mean: float,
-    fallback: str | None,
+    scaled: ScaledWeight, moment: Tensor | None, plan: LinearPlan, chosen: Rounded, fallback: str | None
 ) -> QuantizedLinear:
     original = scaled.original
-    restored = scaled.restored(dequantize(chosen.codes, chosen.grid))
+    restored = _restored(scaled, chosen)
     plain = round_plainly(original, plan)
-    errors = (dequantize(plain.codes, plain.grid) - original, restored - original)
+    plain_restored = dequantize(plain.codes, plain.grid)
     size = max(float(original.square().sum()), torch.finfo(torch.float32).tiny)
     output: list[float | None] = [None, None]
     if moment is not None:
-        energy = max(float(row_errors(original, moment).sum()), torch.finfo(torch.float32).tiny)
-        output = [weighted_error(error, moment) / energy for error in errors]
+        energy = max(float(row_errors(scaled.target, moment).sum()), torch.finfo(torch.float32).tiny)
+        output = [weighted_error(each - scaled.target, moment) / energy for each in (plain_restored, restored)]
     decision = LinearDecision(
         name=plan.name,
         shape=plan.shape,
@@ -118,9 +167,9 @@ def _decided(
         group_size=plan.group_size,
         output_error_nearest=output[0],
         output_error=output[1],
-        weight_error_nearest=float(errors[0].square().sum()) / size,
-        weight_error=float(errors[1].square().sum()) / size,
-        clip_mean=clip_mean,
+        weight_error_nearest=float((plain_restored - original).square().sum()) / size,
+        weight_error=float((restored - original).square().sum()) / size,
+        clip_mean=chosen.clip_mean,
         fallback=fallback,
     )
-    return QuantizedLinear(plan, chosen, restored, decision)
+    return QuantizedLinear(plan, chosen.quantized, scaled.channel_scale, restored, decision)

@@ -11,7 +11,8 @@ import torch
 class LinearPlan:
     """What is to be done with one linear; `keep` is the reason for leaving it in full precision, or None.
 
-    The grid fields are those of `numerics.grid.Grid`; clip and rounding are keys of `methods.slots`.
+    The grid fields are those of `numerics.grid.Grid`; clip, rounding and refinement are keys of `methods.slots`;
+    error_weight, rounds: see `recipe.Recipe`.
     """
 
     name: str
@@ -22,9 +23,17 @@ class LinearPlan:
     stored_dtype: torch.dtype
     clip: str
     rounding: str
+    error_weight: str = "moment"
+    refinement: tuple[str, ...] = ()
+    rounds: int = 0
     keep: str | None = None
 
     @property
     def grid_choices(self) -> dict[str, object]:
         """The keyword arguments that every grid function takes."""
         return {"bits": self.bits, "symmetric": self.symmetric, "stored_dtype": self.stored_dtype}
+
+    @property
+    def needs_factor(self) -> bool:
+        """Whether any step looks at the factorised H."""
+        return self.rounding != "nearest" or self.error_weight == "conditional" or self.rounds > 0

@@ -6,6 +6,7 @@ class made it. Nothing is added to anybody's module.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 BeforeLinear = Callable[[str, Tensor], "Tensor | None"]
 AfterLinear = Callable[[str, Tensor], "Tensor | None"]
+
+
+class Reached(Exception):
+    """Raised by a callback that has what it wants, to spare the rest of the block; `run_until_reached` takes it."""
+
+
+def run_until_reached(run: Callable[[], Any]) -> None:
+    """Run a block up to the linear whose callback raises `Reached`."""
+    with contextlib.suppress(Reached):
+        run()
 
 
 class LinearWatch(TorchFunctionMode):

@@ -7,7 +7,8 @@ arguments. One block at a time has weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -146,6 +147,34 @@ class Skeleton:
                 self._materialize(module, f"{prefix}{path}".strip("."), device, recurse=False)
             for ids, mask in batches:
                 yield self._record(ids.to(device), None if mask is None else mask.to(device))
+        finally:
+            for _, module in outside:
+                _to_meta(module, recurse=False)
+
+    @contextmanager
+    def head(self, device: torch.device) -> Iterator[Callable[[Tensor, Tensor, Tensor | None], Tensor]]:
+        """A function (ids, hidden, mask) -> logits: what follows the last block, differentiable in `hidden`.
+
+        ids: `[rows, tokens]`, only to satisfy the model's own forward; hidden: `[rows, tokens, width]`, the last block's
+        output. The weights outside the blocks exist inside the context.
+        """
+        outside = [(path, module) for path, module in self._model.named_modules() if not self._inside_block(module)]
+        originals = list(self._blocks)
+
+        def logits(ids: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
+            keywords = {} if mask is None else {"attention_mask": mask.to(torch.int64)}
+            for index, block in enumerate(originals):
+                self._blocks[index] = _Recorder(block, lambda *args, **kwargs: hidden)
+            try:
+                return self._model(input_ids=ids, use_cache=False, **keywords).logits
+            finally:
+                for index, block in enumerate(originals):
+                    self._blocks[index] = block
+
+        try:
+            for path, module in outside:
+                self._materialize(module, path, device, recurse=False)
+            yield logits
         finally:
             for _, module in outside:
                 _to_meta(module, recurse=False)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from awqkit.numerics.grid import choose_scale_and_zero, group_range, merge_groups, rounding_error, split_groups
-from awqkit.numerics.output_error import diagonal_blocks, group_row_errors, row_errors
+from awqkit.numerics.output_error import group_row_errors, row_errors
 from awqkit.numerics.tiles import row_tiles
 
 ALPHAS = tuple(step / 20 for step in range(21))
@@ -74,8 +74,7 @@ def candidates(
     """
     free = channel_of >= 0
     found = [Candidate("identity", 0.0, torch.ones_like(importance))]
-    energy = importance.clamp(min=float(importance.max()) * _SMALLEST_SHARE).clamp(min=torch.finfo(torch.float32).tiny)
-    column = column_rms.clamp(min=float(column_rms.max()) * _SMALLEST_SHARE).clamp(min=torch.finfo(torch.float32).tiny)
+    energy, column = _positive(importance), _positive(column_rms)
     for family in families:
         for alpha in ALPHAS:
             if family == "importance" and alpha == 0.0:
@@ -86,6 +85,28 @@ def candidates(
             scale = _centered(scale, unit_of_channel, free).exp()
             found.append(Candidate(family, alpha, torch.where(free, scale, torch.ones_like(scale))))
     return found
+
+
+def smooth_candidates(
+    max_abs: Tensor, column_max: Tensor, channel_of: Tensor, alpha: float | None
+) -> list[Candidate]:
+    """SmoothQuant's s_j = max|X_j|^α / max|W_j|^(1 − α) at the given α, or at 21 of [0, 1] with the identity first.
+
+    max_abs, column_max: `[in]` float32 ≥ 0, already tied. (Xiao 2022, equation 4.)
+    """
+    free = channel_of >= 0
+    unit_of_channel = torch.zeros_like(channel_of)
+    activation, column = _positive(max_abs).log(), _positive(column_max).log()
+    found = [] if alpha is not None else [Candidate("identity", 0.0, torch.ones_like(max_abs))]
+    for strength in ALPHAS if alpha is None else (alpha,):
+        scale = _centered(activation * strength - column * (1 - strength), unit_of_channel, free).exp()
+        found.append(Candidate("smooth", strength, torch.where(free, scale, torch.ones_like(scale))))
+    return found
+
+
+def _positive(values: Tensor) -> Tensor:
+    """`values` ≥ 0 with a floor far below their largest, so that a dead channel's s stays finite."""
+    return values.clamp(min=float(values.max()) * _SMALLEST_SHARE).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _centered(log_scale: Tensor, unit_of_channel: Tensor, free: Tensor) -> Tensor:
@@ -101,7 +122,7 @@ def _centered(log_scale: Tensor, unit_of_channel: Tensor, free: Tensor) -> Tenso
 
 def rounding_errors(
     weight: Tensor,
-    moment: Tensor,
+    group_weights: Tensor,
     row_weight: Tensor,
     tried: Sequence[Candidate],
     *,
@@ -109,16 +130,16 @@ def rounding_errors(
     group_size: int,
     symmetric: bool,
     stored_dtype: torch.dtype,
-    full_moment: bool,
+    full_moment: Tensor | None = None,
 ) -> Tensor:
     """The error of nearest rounding under every candidate, `[candidates, groups]`, or `[candidates, 1]` on the full H.
 
-    weight: float32 `[out, in]`, all consumers of the input stacked; moment: H `[in, in]`; row_weight: `[out]` ≥ 0.
+    weight: float32 `[out, in]`, all consumers of the input stacked; row_weight: `[out]` ≥ 0. group_weights: as
+    `output_error.group_row_errors` takes them, for the unscaled input. full_moment: H `[in, in]` to judge by instead.
     """
     grouped = split_groups(weight, group_size)
     groups = grouped.shape[0]
-    blocks = diagonal_blocks(moment, group_size)
-    errors = torch.zeros(len(tried), 1 if full_moment else groups, device=weight.device)
+    errors = torch.zeros(len(tried), groups if full_moment is None else 1, device=weight.device)
     for tile in row_tiles(grouped.shape, grouped.device):
         weights = grouped[:, tile].contiguous()
         scaled, scratch = torch.empty_like(weights), torch.empty_like(weights)
@@ -128,10 +149,10 @@ def rounding_errors(
             low, high = group_range(scaled)
             grid = choose_scale_and_zero(low, high, bits=bits, symmetric=symmetric, stored_dtype=stored_dtype)
             error = rounding_error(scaled, *grid, bits, out=scratch).div_(scale)
-            if full_moment:
-                errors[index, 0] += (row_errors(merge_groups(error), moment) * row_weight[tile]).sum()
+            if full_moment is None:
+                errors[index] += group_row_errors(error, group_weights) @ row_weight[tile]
             else:
-                errors[index] += group_row_errors(error, blocks) @ row_weight[tile]
+                errors[index, 0] += (row_errors(merge_groups(error), full_moment) * row_weight[tile]).sum()
     return errors
 
 

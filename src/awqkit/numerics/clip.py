@@ -2,7 +2,8 @@
 
 Shrinking the range makes the step Δ smaller for most weights and costs the few at the ends. AWQ searches one ratio
 for both ends (Lin 2023, code; one-sided in its words "max value"); on an asymmetric grid the two ends are worth
-different amounts, so here each end may have its own. The judge is the group's own block of H.
+different amounts, so here each end may have its own. The judge is the group's own block of H, or a weight for each
+column's squared error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MIN_RATIO = 0.5
 
 def search_clip(
     grouped: Tensor,
-    moment_blocks: Tensor,
+    group_weights: Tensor,
     *,
     bits: int,
     symmetric: bool,
@@ -30,15 +31,15 @@ def search_clip(
     """The shares of the low and the high end that are kept, per group and row, both `[groups, out]` in [0.5, 1].
 
     grouped: float32 `[groups, out, group_size]` weights as they will be rounded (s applied).
-    moment_blocks: `[groups, group_size, group_size]`, H's diagonal blocks for the same (scaled) input.
+    group_weights: as `output_error.group_row_errors` takes them, for the same (scaled) input.
     separate_ends: search one shared ratio, then the high end alone, then the low end alone; ignored when symmetric.
-    A ratio is only taken where it lowers the group's own error, so no group gets worse on its block of H.
+    A ratio is only taken where it lowers the group's own error, so no group gets worse by its own weights.
     """
     ratios_low = torch.ones(grouped.shape[:2], device=grouped.device)
     ratios_high = torch.ones_like(ratios_low)
     for tile in row_tiles(grouped.shape, grouped.device):
         weights = grouped[:, tile].contiguous()
-        search = _EndSearch(weights, moment_blocks, bits, symmetric, stored_dtype)
+        search = _EndSearch(weights, group_weights, bits, symmetric, stored_dtype)
         search.sweep(move_low=True, move_high=True)
         if separate_ends and not symmetric:
             search.sweep(move_low=False, move_high=True)
@@ -51,9 +52,9 @@ class _EndSearch:
     """One tile of rows with the best ratios found so far."""
 
     def __init__(
-        self, weights: Tensor, moment_blocks: Tensor, bits: int, symmetric: bool, stored_dtype: torch.dtype
+        self, weights: Tensor, group_weights: Tensor, bits: int, symmetric: bool, stored_dtype: torch.dtype
     ) -> None:
-        self.weights, self.moment_blocks = weights, moment_blocks
+        self.weights, self.group_weights = weights, group_weights
         self.bits, self.symmetric, self.stored_dtype = bits, symmetric, stored_dtype
         self.low, self.high = group_range(weights)
         self.scratch = torch.empty_like(weights)
@@ -82,4 +83,4 @@ class _EndSearch:
             stored_dtype=self.stored_dtype,
         )
         error = rounding_error(self.weights, group_scale, group_zero, self.bits, out=self.scratch)
-        return group_row_errors(error, self.moment_blocks)
+        return group_row_errors(error, self.group_weights)

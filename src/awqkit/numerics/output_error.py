@@ -24,15 +24,20 @@ def row_errors(error: Tensor, moment: Tensor) -> Tensor:
     return ((error @ moment) * error).sum(dim=-1).clamp_(min=0.0)
 
 
-def group_row_errors(grouped_error: Tensor, moment_blocks: Tensor) -> Tensor:
+def group_row_errors(grouped_error: Tensor, group_weights: Tensor) -> Tensor:
     """e_g H_gg e_gᵀ for every group and row, `[groups, out]`.
 
-    grouped_error: `[groups, out, group_size]`, moment_blocks: `[groups, group_size, group_size]`.
+    grouped_error: `[groups, out, group_size]`. group_weights: `[groups, group_size, group_size]`, H's blocks, or
+    `[groups, group_size]`, a weight for each column's square (the conditional variance, say).
     """
-    return torch.bmm(grouped_error, moment_blocks).mul_(grouped_error).sum(dim=-1)
+    if group_weights.dim() == 2:
+        return torch.bmm(grouped_error.square(), group_weights.unsqueeze(-1)).squeeze(-1)
+    return torch.bmm(grouped_error, group_weights).mul_(grouped_error).sum(dim=-1)
 
 
 def weighted_error(error: Tensor, moment: Tensor, row_weight: Tensor | None = None) -> float:
-    """Σ_i r_i (E H Eᵀ)_ii as a number; row_weight r `[out]` or None for all ones."""
+    """Σ_i r_i (E H Eᵀ)_ii, or tr(G E H Eᵀ), as a number; row_weight: r `[out]`, G `[out, out]`, or None for all ones."""
+    if row_weight is not None and row_weight.dim() == 2:
+        return max(float((row_weight * (error @ moment @ error.t())).sum()), 0.0)
     rows = row_errors(error, moment)
     return float(rows.sum() if row_weight is None else (rows * row_weight).sum())

@@ -1,6 +1,6 @@
 """What is kept of a linear's input: enough for every method, small enough to keep for a whole block.
 
-    gram = Σ_t x_t x_tᵀ     H = E[x xᵀ] = gram / token_count
+    gram = Σ_t ω_t x_t x_tᵀ     H = E[x xᵀ] = gram / Σ_t ω_t     ω_t = 1 unless tokens are weighted
 
 `gram` is the H of the GPTQ paper without its factor 2 (Frantar 2022, section 3.2). It is accumulated in float32:
 products with a bfloat16 *output* are not positive definite any more.
@@ -8,7 +8,7 @@ products with a bfloat16 *output* are not positive definite any more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ _GRAM_TILE = 256  # columns a step; only tiles on and above the diagonal are mul
 class Statistics:
     """Sums over the tokens that one linear input was seen with; mergeable in any order.
 
-    token_count: tokens seen. abs_sum, max_abs: `[in]` float32, units of x. gram: `[in, in]` float32, a sum.
+    token_count: tokens seen; weight_sum: the sum of their weights, the same number where tokens count alike.
+    abs_sum, max_abs: `[in]` float32, units of x. gram: `[in, in]` float32, a weighted sum.
     While accumulating only the tiles of `gram` on and above the diagonal are filled: `finished` mirrors them.
     """
 
     token_count: int
+    weight_sum: float
     abs_sum: Tensor
     max_abs: Tensor
     gram: Tensor
@@ -38,40 +40,58 @@ class Statistics:
 def empty_statistics(num_channels: int, device: torch.device | str = "cpu") -> Statistics:
     """Statistics of no tokens for an input of `num_channels`."""
     zeros = torch.zeros(num_channels, device=device)
-    return Statistics(0, zeros, zeros.clone(), torch.zeros(num_channels, num_channels, device=device))
+    return Statistics(0, 0.0, zeros, zeros.clone(), torch.zeros(num_channels, num_channels, device=device))
 
 
-def accumulate_(statistics: Statistics, inputs: Tensor, mask: Tensor | None = None) -> Statistics:
+def accumulate_(
+    statistics: Statistics, inputs: Tensor, mask: Tensor | None = None, token_weight: Tensor | None = None
+) -> Statistics:
     """The statistics with `inputs` added; the buffers of `statistics` are reused and must not be read afterwards.
 
     inputs: `[..., in]` of any float dtype, summed in float32. mask: bool `[...]`, True where a token counts
-    (padding is False), or None where all count.
+    (padding is False), or None where all count. token_weight: `[...]` float32 ≥ 0, what a token's error costs in the
+    gram, or None where all cost the same; means of |x| stay unweighted.
     """
-    tokens = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
-    if mask is not None:
-        tokens = tokens[mask.reshape(-1)]
+    tokens = real_tokens(inputs, mask)
     if tokens.shape[0] == 0:
         return statistics
     absolute = tokens.abs()
     statistics.abs_sum.add_(absolute.sum(dim=0))
     torch.maximum(statistics.max_abs, absolute.amax(dim=0), out=statistics.max_abs)
+    weight_sum = float(tokens.shape[0])
+    if token_weight is not None:
+        weights = real_tokens(token_weight.unsqueeze(-1), mask)
+        tokens, weight_sum = tokens * weights.sqrt(), float(weights.sum())
     for start in range(0, tokens.shape[1], _GRAM_TILE):
         rows = tokens[:, start : start + _GRAM_TILE]
         statistics.gram[start : start + _GRAM_TILE, start:].addmm_(rows.t(), tokens[:, start:])
-    return Statistics(statistics.token_count + tokens.shape[0], statistics.abs_sum, statistics.max_abs, statistics.gram)
+    return Statistics(
+        statistics.token_count + tokens.shape[0],
+        statistics.weight_sum + weight_sum,
+        statistics.abs_sum,
+        statistics.max_abs,
+        statistics.gram,
+    )
+
+
+def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """`[..., in]` as `[tokens, in]` float32, padding (mask False) left out."""
+    tokens = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+    return tokens if mask is None else tokens[mask.reshape(-1)]
 
 
 def finished(statistics: Statistics) -> Statistics:
     """The same statistics with a full, symmetric gram."""
     upper = statistics.gram.triu()
     gram = upper + upper.triu(1).t()
-    return Statistics(statistics.token_count, statistics.abs_sum, statistics.max_abs, gram)
+    return replace(statistics, gram=gram)
 
 
 def merged(first: Statistics, second: Statistics) -> Statistics:
     """Statistics of the tokens of both."""
     return Statistics(
         first.token_count + second.token_count,
+        first.weight_sum + second.weight_sum,
         first.abs_sum + second.abs_sum,
         torch.maximum(first.max_abs, second.max_abs),
         first.gram + second.gram,
@@ -80,4 +100,47 @@ def merged(first: Statistics, second: Statistics) -> Statistics:
 
 def second_moment(statistics: Statistics) -> Tensor:
     """H = E[x xᵀ], `[in, in]` float32, of finished statistics."""
-    return statistics.gram / max(statistics.token_count, 1)
+    return statistics.gram / (statistics.weight_sum or 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PairedStatistics:
+    """What one linear input is on both streams, token by token.
+
+    quantized: of x̂, the input after everything before it was quantized. cross_gram: Σ_t ω_t x_t x̂_tᵀ `[in, in]` float32,
+    x of the original stream along the rows.
+    """
+
+    quantized: Statistics
+    cross_gram: Tensor
+
+
+def empty_paired(num_channels: int, device: torch.device | str = "cpu") -> PairedStatistics:
+    """Statistics of no tokens on both streams."""
+    quantized = empty_statistics(num_channels, device)
+    return PairedStatistics(quantized, torch.zeros_like(quantized.gram))
+
+
+def accumulate_paired_(
+    paired: PairedStatistics,
+    original: Tensor,
+    quantized: Tensor,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+) -> PairedStatistics:
+    """As `accumulate_`, for the same tokens' inputs `[..., in]` on the original and on the quantized stream."""
+    first, second = real_tokens(original, mask), real_tokens(quantized, mask)
+    if token_weight is not None:
+        first = first * real_tokens(token_weight.unsqueeze(-1), mask)
+    paired.cross_gram.addmm_(first.t(), second)
+    return replace(paired, quantized=accumulate_(paired.quantized, quantized, mask, token_weight))
+
+
+def finished_paired(paired: PairedStatistics) -> PairedStatistics:
+    """The same with a full, symmetric gram of the quantized stream."""
+    return replace(paired, quantized=finished(paired.quantized))
+
+
+def cross_moment(paired: PairedStatistics) -> Tensor:
+    """C = E[x x̂ᵀ], `[in, in]` float32."""
+    return paired.cross_gram / (paired.quantized.weight_sum or 1.0)

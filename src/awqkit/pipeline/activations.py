@@ -43,6 +43,18 @@ class HiddenStates:
             self._states[part] = started.hidden.to(self._states.device)
             self._calls.setdefault(self._key(part), started.calls)
 
+    def copy(self) -> HiddenStates:
+        """The same rows as a stream of its own."""
+        twin = object.__new__(HiddenStates)
+        twin.__dict__.update(self.__dict__)
+        twin._states = self._states.clone()
+        return twin
+
+    @property
+    def shape(self) -> torch.Size:
+        """Rows, tokens, width."""
+        return self._states.shape
+
     def _split(self, rows: TokenRows) -> Iterator[tuple[Tensor, Tensor | None]]:
         for part in self._batches:
             batch = rows.rows(part)

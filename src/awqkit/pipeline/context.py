@@ -11,8 +11,17 @@ from torch import Tensor, nn
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
 from awqkit.pipeline.activations import HiddenStates
+from awqkit.pipeline.end_gradients import EndGradients
 from awqkit.pipeline.plan import BlockPlan, RunPlan
 from awqkit.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Hidden states of some rows on the original stream and, with propagation, on the quantized one."""
+
+    original: HiddenStates
+    quantized: HiddenStates | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +29,13 @@ class Streams:
     """The hidden states that a run carries from block to block.
 
     calibration: rows for the statistics. probe: two of them, for the row weights. held_out: rows for the check, or
-    None.
+    None. gradients: of the end loss at every block's output, for the calibration rows, or None.
     """
 
-    calibration: HiddenStates
+    calibration: Stream
     probe: HiddenStates
-    held_out: HiddenStates | None
+    held_out: Stream | None
+    gradients: EndGradients | None = None
 
 
 @dataclass(frozen=True, slots=True)

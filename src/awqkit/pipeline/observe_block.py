@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from awqkit.decisions import FoldDecision
 from awqkit.errors import CheckpointError
+from awqkit.methods.linear import QuantizedLinear
 from awqkit.model.folds import PROOF_TOLERANCE, prove
-from awqkit.model.observe import LinearWatch
-from awqkit.model.skeleton import run_block
-from awqkit.model.structure import Fold
-from awqkit.numerics.statistics import Statistics, accumulate_, empty_statistics, finished
+from awqkit.model.observe import LinearWatch, Reached, run_until_reached
+from awqkit.model.skeleton import BlockCall, run_block
+from awqkit.model.structure import Fold, LinearInput
+from awqkit.numerics.statistics import (
+    PairedStatistics,
+    Statistics,
+    accumulate_,
+    accumulate_paired_,
+    empty_paired,
+    empty_statistics,
+    finished,
+    finished_paired,
+)
 from awqkit.pipeline.activations import HiddenStates
-from awqkit.pipeline.context import BlockContext
+from awqkit.pipeline.context import BlockContext, Stream
 from awqkit.pipeline.plan import Probe
+from awqkit.pipeline.quantized_block import weights_replaced
 
 _SEED_STRIDE = 1_000_003  # keeps the probes of block i and seed j apart
 
@@ -95,17 +108,60 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
     return squares
 
 
-def observe(context: BlockContext, rows: HiddenStates) -> dict[str, Statistics]:
-    """Statistics of every linear input, by its first reader; the rows move on to the block's output."""
+def observe(context: BlockContext, rows: HiddenStates, token_weight: Tensor | None = None) -> dict[str, Statistics]:
+    """Statistics of every linear input, by its first reader; the rows move on to the block's output.
+
+    token_weight: `[rows, tokens]`, see `numerics.statistics`.
+    """
     by_weight = {context.structure.linear(entry.first).weight: entry for entry in context.structure.inputs}
     found = {entry.first: empty_statistics(entry.num_channels, context.device) for entry in context.structure.inputs}
     watched = {name: context.parameters[name] for name in by_weight}
     for part, hidden, call, mask in rows.batches(context.index):
+        weight = _weights_of(token_weight, part, hidden)
 
-        def before(name: str, inputs: Tensor, mask: Tensor | None = mask) -> None:
+        def before(name: str, inputs: Tensor, mask: Tensor | None = mask, weight: Tensor | None = weight) -> None:
             first = by_weight[name].first
-            found[first] = accumulate_(found[first], inputs, mask)
+            found[first] = accumulate_(found[first], inputs, mask, weight)
 
         with torch.no_grad(), LinearWatch(watched, before=before):
             rows.write(part, run_block(context.block, hidden, call))
     return {first: finished(statistics) for first, statistics in found.items()}
+
+
+def observe_pair(
+    context: BlockContext,
+    stream: Stream,
+    entry: LinearInput,
+    quantized: Mapping[str, QuantizedLinear],
+    token_weight: Tensor | None = None,
+) -> PairedStatistics:
+    """One linear input on both streams, with the linears before it in `quantized` replaced on the second.
+
+    stream: both at the block's input; neither moves. Each run stops where the input is reached.
+    """
+    assert stream.quantized is not None
+    weight_name = context.structure.linear(entry.first).weight
+    paired = empty_paired(entry.num_channels, context.device)
+    pairs = zip(stream.original.batches(context.index), stream.quantized.batches(context.index), strict=True)
+    for (part, hidden, call, mask), (_, hidden_quantized, _, _) in pairs:
+        original = _input_at(context, weight_name, hidden, call)
+        with weights_replaced(context, quantized):
+            reached = _input_at(context, weight_name, hidden_quantized, call)
+        paired = accumulate_paired_(paired, original, reached, mask, _weights_of(token_weight, part, hidden))
+    return finished_paired(paired)
+
+
+def _input_at(context: BlockContext, weight_name: str, hidden: Tensor, call: BlockCall) -> Tensor:
+    found: list[Tensor] = []
+
+    def before(name: str, inputs: Tensor) -> None:
+        found.append(inputs)
+        raise Reached
+
+    with torch.no_grad(), LinearWatch({weight_name: context.parameters[weight_name]}, before=before):
+        run_until_reached(lambda: run_block(context.block, hidden, call))
+    return found[0]
+
+
+def _weights_of(token_weight: Tensor | None, part: slice, hidden: Tensor) -> Tensor | None:
+    return None if token_weight is None else token_weight[part].to(hidden.device)

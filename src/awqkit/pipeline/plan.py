@@ -137,6 +137,9 @@ def plan_run(
         stored_dtype=stored_dtype,
         clip=recipe.clip,
         rounding=recipe.rounding,
+        error_weight=recipe.error_weight,
+        refinement=recipe.refinement,
+        rounds=recipe.rounds,
     )
     blocks = []
     for index, structure in enumerate(structures):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,13 +20,15 @@ from awqkit.formats.format import Format
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
-from awqkit.pipeline.context import BlockContext, Streams
+from awqkit.pipeline.context import BlockContext, Stream, Streams
+from awqkit.pipeline.end_gradients import measure_end_gradients
 from awqkit.pipeline.layout import OutputLayout
 from awqkit.pipeline.plan import RunPlan
 from awqkit.recipe import Recipe
 
 _PROBE_ROWS = 2  # calibration rows that the row weights are measured on
 _CHECK_BATCH_DIVISOR = 4  # the check holds two more sets of the block's weights
+_BACKWARD_BATCH_DIVISOR = 2  # a backward pass keeps what a forward pass drops
 _TASK = "block"
 
 
@@ -78,7 +82,7 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
         if name not in in_blocks:
             _copy(job, name, writer)
     clock.enter("start")
-    streams = None if rows is None else _streams(job, rows, held_out)
+    streams = None if rows is None else _streams(job, rows, held_out, lambda index: None)
     decisions = []
     for index in range(num_blocks):
         started = time.monotonic()
@@ -96,13 +100,21 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
     return Outcome(tuple(decisions), {name: seconds for name, seconds in clock.seconds.items() if name})
 
 
-def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None) -> Streams:
+def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, step: Callable[[int], None]) -> Streams:
+    def stream(part: TokenRows, batch_divisor: int = 1) -> Stream:
+        original = HiddenStates(job.skeleton, part, job.device, batch_divisor=batch_divisor)
+        return Stream(original, original.copy() if job.recipe.propagates else None)
+
+    gradients = None
+    if job.recipe.sensitivity != "none":
+        gradients = measure_end_gradients(
+            job.skeleton, rows, job.device, job.recipe.seed, Path(tempfile.gettempdir()), step
+        )
     return Streams(
-        calibration=HiddenStates(job.skeleton, rows, job.device),
+        calibration=stream(rows, _BACKWARD_BATCH_DIVISOR if gradients is not None else 1),
         probe=HiddenStates(job.skeleton, rows.rows(slice(0, _PROBE_ROWS)), job.device),
-        held_out=None
-        if held_out is None
-        else HiddenStates(job.skeleton, held_out, job.device, batch_divisor=_CHECK_BATCH_DIVISOR),
+        held_out=None if held_out is None else stream(held_out, _CHECK_BATCH_DIVISOR),
+        gradients=gradients,
     )
 
 

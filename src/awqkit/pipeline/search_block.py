@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from awqkit.decisions import FoldDecision
-from awqkit.methods.fold import ScaleChoices, consumer_scale, fold_errors, search_channel_scale
-from awqkit.methods.linear import QuantizedLinear, ScaledWeight, quantize_linear
+from awqkit.methods.evidence import Evidence, MetricChoices, Readers, original_evidence
+from awqkit.methods.fold import (
+    ScaleChoices,
+    Tied,
+    consumer_scale,
+    fold_errors,
+    search_channel_scale,
+    smoothing_errors,
+)
+from awqkit.methods.linear import QuantizedLinear, ScaledWeight, quantize_linear, round_rows_alike
+from awqkit.methods.rows import sensitive_rounder
 from awqkit.model.producers import store_producer
-from awqkit.model.structure import Fold
+from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.statistics import Statistics
 from awqkit.pipeline.context import BlockContext
+from awqkit.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,11 @@ class AppliedFold:
     stored: Mapping[str, Tensor]
     decision: FoldDecision
 
+    @property
+    def in_use(self) -> bool:
+        """Whether s is not known to be 1 by a fallback."""
+        return self.decision.fallback is None
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -36,12 +51,28 @@ class Choice:
     folds: tuple[AppliedFold, ...]
 
 
-def choose_plainly(context: BlockContext, moments: Mapping[str, Tensor]) -> Choice:
-    """Plain rounding for every linear, no scales; moments only serve to report errors."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What observing the block yielded. statistics: of each input on the original stream, by its first reader.
+
+    row_weights: by linear, `[out]` or `[out, out]`, see `methods.evidence.Readers`.
+    """
+
+    statistics: Mapping[str, Statistics]
+    row_weights: Mapping[str, Tensor]
+
+
+EvidenceOf = Callable[[LinearInput, Mapping[str, QuantizedLinear]], Evidence]
+
+
+def choose_plainly(context: BlockContext, evidence: Mapping[str, Evidence]) -> Choice:
+    """Plain rounding for every linear, no scales; the evidence only serves to report errors."""
     scaled = {view.name: ScaledWeight.unscaled(context.weight(view.name)) for view in context.structure.linears}
     quantized = {
         name: quantize_linear(
-            scaled[name], _moment(context, moments, name), replace(plan, clip="none", rounding="nearest")
+            scaled[name],
+            evidence.get(context.structure.input_of(name).first),
+            replace(plan, clip="none", rounding="nearest", rounds=0),
         )
         for name, plan in context.block_plan.linears.items()
         if plan.keep is None
@@ -49,66 +80,124 @@ def choose_plainly(context: BlockContext, moments: Mapping[str, Tensor]) -> Choi
     return Choice(scaled, quantized, ())
 
 
+def original_evidences(context: BlockContext, measured: Measured) -> dict[str, Evidence]:
+    """Evidence of every input on the original stream, by its first reader."""
+    choices = metric_choices(context.recipe) if context.plan.linears[0].needs_factor else None
+    return {
+        entry.first: original_evidence(measured.statistics[entry.first], readers_of(context, entry, measured), choices)
+        for entry in context.structure.inputs
+        if quantized_readers(context, entry)
+    }
+
+
 def choose(
     context: BlockContext,
     folds: Sequence[tuple[Fold, float]],
-    statistics: Mapping[str, Statistics],
-    moments: Mapping[str, Tensor],
-    row_weights: Mapping[str, Tensor],
+    measured: Measured,
+    originals: Mapping[str, Evidence],
+    evidence_of: EvidenceOf,
 ) -> Choice:
-    """Search every fold, quantize every linear under the scales, and undo folds whose consumers got worse.
+    """Search every fold, quantize every linear in order of data flow, and undo folds whose consumers got worse.
 
-    statistics, moments (H of the same): by the first reader of an input. row_weights: `[out]` by linear.
+    evidence_of(input, quantized): what the readers of an input are judged by, once all linears before it are quantized.
+    Undoing a fold takes up the work again where its s was first in use.
     """
-    applied = [_search(context, fold, proof, statistics, row_weights) for fold, proof in folds]
-    scaled = _scaled_weights(context, applied)
-    quantized = {
-        name: quantize_linear(scaled[name], _moment(context, moments, name), plan)
-        for name, plan in context.block_plan.linears.items()
-        if plan.keep is None
-    }
-    # Folds that linears produce for come first: undoing one changes the rows of a linear that another fold feeds.
-    for position in sorted(range(len(applied)), key=lambda index: applied[index].fold.producer_linear is None):
-        entry = applied[position]
-        consumers = [name for name in entry.fold.consumers if not context.kept(name)]
+    applied = [_search(context, fold, proof, measured, originals) for fold, proof in folds]
+    entries = [entry for entry in context.structure.inputs if quantized_readers(context, entry)]
+    quantized: dict[str, QuantizedLinear] = {}
+    targets: dict[str, Tensor] = {}
+    position, evidence = 0, None
+    while position < len(entries):
+        entry = entries[position]
+        evidence = evidence_of(entry, quantized) if evidence is None else evidence
+        names = quantized_readers(context, entry)
+        targets.update({name: evidence.target(context.weight(name)) for name in names})
+        scaled = _scaled_weights(context, applied, targets)
+        for name in names:
+            quantized[name] = _quantize(context, scaled[name], evidence, measured, name)
+        harmed = _check_folds(context, applied, entry, quantized, scaled, evidence, measured)
+        if harmed is None:
+            position, evidence = position + 1, None
+            continue
+        producer = applied[harmed].fold.producer_linear  # its rows were on their way divided by s
+        again = entry if producer is None or context.kept(producer) else context.structure.input_of(producer)
+        evidence = evidence if again is entry else None
+        position = entries.index(again)
+        for later in entries[position:]:
+            for name in quantized_readers(context, later):
+                quantized.pop(name, None)
+                targets.pop(name, None)
+    return Choice(_scaled_weights(context, applied, targets), quantized, tuple(applied))
+
+
+def _quantize(
+    context: BlockContext, scaled: ScaledWeight, evidence: Evidence, measured: Measured, name: str
+) -> QuantizedLinear:
+    row_weight = measured.row_weights.get(name)
+    sensitive = row_weight is not None and row_weight.dim() == 2
+    return quantize_linear(
+        scaled,
+        evidence,
+        context.block_plan.linears[name],
+        row_weight if sensitive else None,
+        sensitive_rounder(row_weight) if sensitive else round_rows_alike,
+    )
+
+
+def _check_folds(
+    context: BlockContext,
+    applied: list[AppliedFold],
+    entry: LinearInput,
+    quantized: Mapping[str, QuantizedLinear],
+    scaled: Mapping[str, ScaledWeight],
+    evidence: Evidence,
+    measured: Measured,
+) -> int | None:
+    """Put the consumers' errors into the Decisions of the folds that feed `entry`; undo the first that did harm.
+
+    Returns the position in `applied` of the fold that was undone, or None.
+    """
+    for position, applied_fold in enumerate(applied):
+        consumers = [name for name in applied_fold.fold.consumers if not context.kept(name)]
+        if not applied_fold.in_use or consumers[0] not in entry.readers:
+            continue
+        weights = [measured.row_weights[name] for name in consumers]
         plain, chosen = fold_errors(
-            [quantized[name] for name in consumers],
-            [scaled[name] for name in consumers],
-            [row_weights[name] for name in consumers],
-            _moment(context, moments, consumers[0]),
+            [quantized[name] for name in consumers], [scaled[name] for name in consumers], weights, evidence.moment
         )
-        decision = replace(entry.decision, error_nearest=plain, error_chosen=chosen)
+        if context.recipe.activations != "none":
+            added = smoothing_errors(
+                [scaled[name] for name in consumers], weights, measured.statistics[entry.first].max_abs
+            )
+            plain, chosen = plain + added[0], chosen + added[1]
+        decision = replace(applied_fold.decision, error_nearest=plain, error_chosen=chosen)
         if chosen > plain:
             reason = f"scaling raised the consumers' error ({chosen:.3e} > {plain:.3e}): s = 1 restored"
-            applied[position] = _undone(context, entry, replace(decision, fallback=reason))
-            scaled = _scaled_weights(context, applied)
-            producer = entry.fold.producer_linear  # its rows were on their way divided by s
-            again = [producer] if producer is not None and not context.kept(producer) else []
-            for name in [*again, *consumers]:
-                plan = context.block_plan.linears[name]
-                quantized[name] = quantize_linear(scaled[name], _moment(context, moments, name), plan)
-        else:
-            applied[position] = replace(entry, decision=decision)
-    return Choice(scaled, quantized, tuple(applied))
+            applied[position] = _undone(context, applied_fold, replace(decision, fallback=reason))
+            return position
+        applied[position] = replace(applied_fold, decision=decision)
+    return None
 
 
 def _search(
     context: BlockContext,
     fold: Fold,
     proof_error: float,
-    statistics: Mapping[str, Statistics],
-    row_weights: Mapping[str, Tensor],
+    measured: Measured,
+    originals: Mapping[str, Evidence],
 ) -> AppliedFold:
     consumers = [name for name in fold.consumers if not context.kept(name)]
+    first = context.structure.input_of(consumers[0]).first
     recipe = context.recipe
     found = search_channel_scale(
-        [context.weight(name) for name in consumers],
-        [row_weights[name] for name in consumers],
-        statistics[context.structure.input_of(consumers[0]).first],
-        fold.channel_of[consumers[0]],
-        fold.num_channels,
+        _readers(context, consumers, measured),
+        measured.statistics[first],
+        originals[first],
+        Tied(fold.channel_of[consumers[0]], fold.num_channels),
         context.block_plan.linears[consumers[0]],
-        ScaleChoices(recipe.scale_families, recipe.importance, recipe.alpha_search),
+        ScaleChoices(
+            recipe.channel_scale, recipe.scale_families, recipe.importance, recipe.alpha_search, recipe.smooth_alpha
+        ),
     )
     keeps = len(consumers) < len(fold.consumers) or (
         fold.producer_linear is not None and context.kept(fold.producer_linear)
@@ -125,8 +214,13 @@ def _undone(context: BlockContext, entry: AppliedFold, decision: FoldDecision) -
     return AppliedFold(entry.fold, ones, {name: context.parameters[name] for name in entry.stored}, decision)
 
 
-def _scaled_weights(context: BlockContext, applied: Sequence[AppliedFold]) -> dict[str, ScaledWeight]:
-    scaled = {view.name: ScaledWeight.unscaled(context.weight(view.name)) for view in context.structure.linears}
+def _scaled_weights(
+    context: BlockContext, applied: Sequence[AppliedFold], targets: Mapping[str, Tensor]
+) -> dict[str, ScaledWeight]:
+    scaled = {}
+    for view in context.structure.linears:
+        unscaled = ScaledWeight.unscaled(context.weight(view.name))
+        scaled[view.name] = replace(unscaled, target=targets.get(view.name, unscaled.original))
     for entry in applied:
         for name in entry.fold.consumers:
             scale = consumer_scale(entry.channel_scale, entry.fold.channel_of[name])
@@ -137,5 +231,23 @@ def _scaled_weights(context: BlockContext, applied: Sequence[AppliedFold]) -> di
     return scaled
 
 
-def _moment(context: BlockContext, moments: Mapping[str, Tensor], linear: str) -> Tensor | None:
-    return moments.get(context.structure.input_of(linear).first)
+def metric_choices(recipe: Recipe) -> MetricChoices:
+    """The Recipe's choices about H."""
+    return MetricChoices(recipe.column_order, recipe.damping, recipe.damp_ratio, recipe.propagation)
+
+
+def quantized_readers(context: BlockContext, entry: LinearInput) -> list[str]:
+    """The readers of an input that are not kept in full precision."""
+    return [name for name in entry.readers if not context.kept(name)]
+
+
+def readers_of(context: BlockContext, entry: LinearInput, measured: Measured) -> Readers:
+    """The quantized readers of an input."""
+    return _readers(context, quantized_readers(context, entry), measured)
+
+
+def _readers(context: BlockContext, names: Sequence[str], measured: Measured) -> Readers:
+    weights = tuple(context.weight(name) for name in names)
+    rows = (measured.row_weights.get(name) for name in names)
+    ones = (torch.ones(len(weight), device=weight.device) for weight in weights)
+    return Readers(weights, tuple(one if row is None else row for row, one in zip(rows, ones, strict=True)))

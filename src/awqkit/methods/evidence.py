@@ -1,0 +1,96 @@
+"""Evidence: what the linears that read one input are judged by, and the weight that they are to aim at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awqkit.numerics.propagation import best_strength, correction
+from awqkit.numerics.rounding_metric import RoundingMetric, energy_order, moment_order, rounding_metric
+from awqkit.numerics.statistics import PairedStatistics, Statistics, cross_moment, second_moment
+from awqkit.recipe import AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class MetricChoices:
+    """The Recipe's part: see `Recipe.column_order`, `damping`, `damp_ratio` and `propagation`."""
+
+    column_order: str
+    damping: str
+    damp_ratio: float
+    propagation: float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """The quantized linears that read one input: float32 weights `[out_i, in]` and what their rows' errors cost.
+
+    row_weights: `[out_i]`, or `[out_i, out_i]` where errors of different rows add up (end-loss sensitivity).
+    """
+
+    weights: tuple[Tensor, ...]
+    row_weights: tuple[Tensor, ...]
+
+    @property
+    def row_weight(self) -> Tensor:
+        """All rows' own weights, stacked."""
+        return torch.cat([each.diagonal() if each.dim() == 2 else each for each in self.row_weights])
+
+    @property
+    def column_energy(self) -> Tensor:
+        """Row-weighted mean square of each column, `[in]`: rows that a fold may rescale count by what they cost."""
+        total = self.row_weight
+        return total @ torch.cat(list(self.weights)).square() / total.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """moment: H `[in, in]` of the input that the linear gets (Ĥ of the quantized stream with propagation).
+
+    metric: the same, ready for rounding, or None where no step needs it. shift: β T `[in, in]`, or None where the
+    weight itself is aimed at. strength: β.
+    """
+
+    moment: Tensor
+    metric: RoundingMetric | None
+    shift: Tensor | None = None
+    strength: float = 0.0
+
+    def target(self, weight: Tensor) -> Tensor:
+        """The weight `[out, in]` to aim at: W + β W T."""
+        return weight if self.shift is None else torch.addmm(weight, weight, self.shift)
+
+
+def original_evidence(statistics: Statistics, readers: Readers, choices: MetricChoices | None) -> Evidence:
+    """From the original stream alone. choices: None where nothing needs a factorised H."""
+    moment = second_moment(statistics)
+    return Evidence(moment, None if choices is None else _metric(moment, readers, choices))
+
+
+def propagated_evidence(
+    paired: PairedStatistics, held_out: PairedStatistics | None, readers: Readers, choices: MetricChoices
+) -> Evidence:
+    """From both streams. held_out: of other rows, needed where the strength is chosen ("auto")."""
+    moment = second_moment(paired.quantized)
+    metric = _metric(moment, readers, choices)
+    shift = correction(cross_moment(paired), metric)
+    strength = choices.propagation
+    if strength == AUTO:
+        assert held_out is not None
+        strength = best_strength(
+            readers.weights,
+            readers.row_weight.split([len(weight) for weight in readers.weights]),
+            shift,
+            cross_moment(held_out),
+            second_moment(held_out.quantized),
+        )
+    return Evidence(moment, metric, shift.mul_(strength) if strength else None, strength)
+
+
+def _metric(moment: Tensor, readers: Readers, choices: MetricChoices) -> RoundingMetric:
+    by_energy = choices.column_order == "energy"
+    order = energy_order(moment, readers.column_energy) if by_energy else moment_order(moment)
+    return rounding_metric(moment, order, choices.damp_ratio, choices.damping)

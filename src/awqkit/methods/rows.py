@@ -1,0 +1,64 @@
+"""Rounding with end-loss sensitivity: rows meet in the objective, and later rows absorb the errors of earlier ones.
+
+    tr(G E H Eᵀ),   G = E[g gᵀ] of the gradient at the linear's output (YAQA, Tseng 2025, section 4; GuidedQuant, Kim 2025)
+
+As GPTQ feeds a column's error through H⁻¹ to the later columns, a block of rows feeds its error through G⁻¹ to the
+later rows: with G⁻¹ = Uᵀ U in the order of the rows, W_later −= U_a,laterᵀ U_aa⁻ᵀ (W_a − Ŵ_a). Within a block rows are
+rounded alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from awqkit.methods.evidence import Evidence
+from awqkit.methods.linear import Rounded, Rounder, ScaledWeight, round_rows_alike
+from awqkit.methods.plan import LinearPlan
+from awqkit.numerics.grid import Grid, QuantizedWeight, dequantize
+from awqkit.numerics.rounding_metric import RoundingMetric, moment_order, rounding_metric
+
+ROWS_AT_ONCE = 192  # blocks of 64 were no better and slower (docs/log.md)
+DAMP_RATIO = 0.05
+
+
+def sensitive_rounder(sensitivity: Tensor) -> Rounder:
+    """`round_rows_alike` for an objective with G `[out, out]` of the original units."""
+    metric = rounding_metric(sensitivity, moment_order(sensitivity), DAMP_RATIO)
+    return partial(_round_row_blocks, metric)
+
+
+def _round_row_blocks(rows: RoundingMetric, scaled: ScaledWeight, evidence: Evidence, plan: LinearPlan) -> Rounded:
+    order, factor = rows.order, rows.factor
+    remaining = scaled.target[order]
+    row_scale = scaled.row_scale[order]
+    parts: list[Rounded] = []
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        end = min(start + ROWS_AT_ONCE, len(order))
+        target = remaining[start:end]
+        block = replace(scaled, original=target, target=target, row_scale=row_scale[start:end])
+        rounded = round_rows_alike(block, evidence, plan)
+        parts.append(rounded)
+        if end < len(order):
+            error = target - block.restored(dequantize(rounded.quantized.codes, rounded.quantized.grid))
+            scaled_error = torch.linalg.solve_triangular(factor[start:end, start:end].t(), error, upper=False)
+            remaining[end:] -= factor[start:end, end:].t() @ scaled_error
+    return _joined(parts, order)
+
+
+def _joined(parts: list[Rounded], order: Tensor) -> Rounded:
+    back = torch.argsort(order)
+    grid = parts[0].quantized.grid
+    joined = Grid(
+        grid.bits,
+        grid.group_size,
+        grid.symmetric,
+        torch.cat([part.quantized.grid.group_scale for part in parts])[back],
+        torch.cat([part.quantized.grid.group_zero for part in parts])[back],
+    )
+    codes = torch.cat([part.quantized.codes for part in parts])[back]
+    clip_mean = sum(part.clip_mean * len(part.quantized.codes) for part in parts) / len(order)
+    return Rounded(QuantizedWeight(codes, joined), clip_mean)

@@ -1,0 +1,43 @@
+"""GPTQ rounding: column after column, each column's error absorbed by the columns that are still free.
+
+    for j in order:   ŵ_j = nearest grid value of w_j;   e = (w_j − ŵ_j) / U_jj;   w_k −= e · U_jk  for the later k
+
+(Frantar 2022, Algorithm 1.) The grid of every group is fixed beforehand, so that any column order is possible without
+a `g_idx` in the file; within lazy blocks of 128 columns updates are applied at once, outside after the block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from awqkit.numerics.grid import Grid, QuantizedWeight
+from awqkit.numerics.rounding_metric import RoundingMetric
+
+COLUMN_BLOCK = 128  # lazy updates: Frantar 2022, section 3.3, step 2
+
+
+def round_gptq(weight: Tensor, grid: Grid, metric: RoundingMetric) -> QuantizedWeight:
+    """Codes on `grid` that nearly minimise tr(E (H + λ) Eᵀ). weight: float32 `[out, in]`."""
+    order, factor = metric.order, metric.factor
+    # transposed: a column is then one contiguous row, which is what every step reads and writes
+    remaining = weight.t()[order]
+    group = order // grid.group_size
+    scale, zero = grid.group_scale.t()[group], grid.group_zero.t()[group]
+    lowest, highest = -zero, float(2**grid.bits - 1) - zero
+    steps = torch.empty_like(remaining)
+    diagonal = factor.diagonal().tolist()
+    for start in range(0, len(diagonal), COLUMN_BLOCK):
+        end = min(start + COLUMN_BLOCK, len(diagonal))
+        block, errors = remaining[start:end], torch.empty_like(remaining[start:end])
+        for j in range(start, end):
+            column = block[j - start]
+            step = torch.div(column, scale[j], out=steps[j]).round_()
+            torch.minimum(torch.maximum(step, lowest[j], out=step), highest[j], out=step)
+            error = torch.addcmul(column, step, scale[j], value=-1.0, out=errors[j - start]).div_(diagonal[j])
+            if j + 1 < end:
+                block[j - start + 1 :].addr_(factor[j, j + 1 : end], error, alpha=-1.0)
+        remaining[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1.0)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    codes[:, order] = steps.add_(zero).to(torch.uint8).t()
+    return QuantizedWeight(codes, grid)

@@ -1,0 +1,132 @@
+"""H made ready for rounding column after column: damped, ordered, factorised.
+
+    H + λ = A Aᵀ,  U = A⁻¹ (both upper triangular, in `order`),  (H + λ)⁻¹ = Uᵀ U
+
+U is the factor that GPTQ walks along (Frantar 2022, section 3.3, step 3: the Cholesky factor of H⁻¹), computed from one
+Cholesky factorisation of the reversed H instead of an inverse and a second factorisation.
+
+    D_j = 1 / U_jj²        the conditional variance of x_j given the columns that are rounded after it
+
+GPTQ lets the later columns absorb what they explain of a column's error, so D_j, not H_jj, is what an error in column
+j costs in the end. Under a channel scale H becomes S⁻¹ H S⁻¹, U becomes U S and D becomes D / s²: nothing is factorised
+again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SMALLEST_SHARE = 1e-9  # of the mean diagonal: what a dead channel gets, so that H stays invertible
+_SMALLEST_RATIO = 1e-5  # where no damping was asked for and some is needed
+_ESCALATION = 10.0
+_MAX_ATTEMPTS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingMetric:
+    """One linear input's H, ready for rounding.
+
+    moment: H `[in, in]` float32, undamped. damping: λ `[in]`, added to the diagonal. order: `[in]` int64, the columns as
+    they are rounded. factor: U `[in, in]` float32 upper triangular, rows and columns in `order`. damp_ratio: what was
+    needed for a factorisation, at least what was asked for.
+    """
+
+    moment: Tensor
+    damping: Tensor
+    order: Tensor
+    factor: Tensor
+    damp_ratio: float
+
+    @property
+    def damped(self) -> Tensor:
+        """H + λ, `[in, in]`."""
+        return self.moment + torch.diag(self.damping)
+
+    @property
+    def variance(self) -> Tensor:
+        """D `[in]`, in the natural order of the columns."""
+        found = torch.empty_like(self.damping)
+        found[self.order] = self.factor.diagonal().pow(-2)
+        return found
+
+    def scaled(self, channel_scale: Tensor) -> RoundingMetric:
+        """The metric of the input x / s."""
+        return RoundingMetric(
+            moment=self.moment / channel_scale.unsqueeze(0) / channel_scale.unsqueeze(1),
+            damping=self.damping / channel_scale.square(),
+            order=self.order,
+            factor=self.factor * channel_scale[self.order].unsqueeze(0),
+            damp_ratio=self.damp_ratio,
+        )
+
+    def solve(self, right: Tensor) -> Tensor:
+        """`right` (H + λ)⁻¹ for `right` `[rows, in]`, in the natural order."""
+        ordered = right[:, self.order] @ self.factor.t() @ self.factor
+        found = torch.empty_like(ordered)
+        found[:, self.order] = ordered
+        return found
+
+
+def energy_order(moment: Tensor, column_energy: Tensor) -> Tensor:
+    """Columns by falling H_jj · mean_i W_ij², `[in]` int64: what plain rounding would cost decides who goes first.
+
+    column_energy: `[in]`, mean squares of the weight's columns. Unlike falling H_jj (act-order) it does not change
+    under a channel scale, which multiplies one factor and divides the other.
+    """
+    return torch.argsort(moment.diagonal() * column_energy, descending=True, stable=True)
+
+
+def moment_order(moment: Tensor) -> Tensor:
+    """Columns by falling H_jj, `[in]` int64: act-order of GPTQ's published code."""
+    return torch.argsort(moment.diagonal(), descending=True, stable=True)
+
+
+def own_damping(moment: Tensor, damp_ratio: float) -> Tensor:
+    """λ_j = damp_ratio · H_jj, `[in]`, with a floor for dead channels: the same share of every channel's own energy."""
+    diagonal = moment.diagonal()
+    floor = (float(diagonal.mean()) or 1.0) * _SMALLEST_SHARE
+    return (damp_ratio * diagonal).clamp(min=max(floor, torch.finfo(torch.float32).tiny))
+
+
+def mean_damping(moment: Tensor, damp_ratio: float) -> Tensor:
+    """λ_j = damp_ratio · mean_k H_kk, `[in]`: the damping of the GPTQ paper (section 3.3, step 3)."""
+    diagonal = moment.diagonal()
+    return torch.full_like(diagonal, damp_ratio * (float(diagonal.mean()) or 1.0))
+
+
+_DAMPING = {"own": own_damping, "mean": mean_damping}
+
+
+def rounding_metric(moment: Tensor, order: Tensor, damp_ratio: float, damping: str = "own") -> RoundingMetric:
+    """The metric of H `[in, in]` float32 in a column order; damping: "own" or "mean".
+
+    Where the damped H cannot be factorised (rank deficient beyond float32), the damping grows tenfold until it can.
+    Raises ValueError when it never can: H holds NaN or inf.
+    """
+    for attempt in range(_MAX_ATTEMPTS):
+        ratio = max(damp_ratio, _SMALLEST_RATIO) * _ESCALATION**attempt if attempt else damp_ratio
+        added = _DAMPING[damping](moment, ratio)
+        factor = _upper_factor(moment, added, order)
+        if factor is not None:
+            return RoundingMetric(moment, added, order, factor, ratio)
+    raise ValueError(f"H of {moment.shape[0]} channels cannot be factorised: it holds NaN or inf")
+
+
+def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | None:
+    """U in `order`, or None. Channels are normalised first: their energies lie six orders of magnitude apart."""
+    size = (moment.diagonal() + damping).sqrt()
+    if not bool(torch.isfinite(size).all()) or not bool((size > 0).all()):
+        return None
+    reverse = order.flip(0)
+    damped = moment / size.unsqueeze(0) / size.unsqueeze(1)
+    damped = damped[reverse][:, reverse]
+    damped.diagonal().fill_(1.0)  # (H_jj + λ_j) / size_j², free of rounding
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
+        return None
+    identity = torch.eye(lower.shape[0], device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1) / size[order].unsqueeze(0)

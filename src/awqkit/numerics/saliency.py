@@ -1,0 +1,44 @@
+"""Activation saliency: how much of a linear's output error a few input channels carry.
+
+AWQ starts from the claim that 1 % of the channels, those with the largest activations, matter most (Lin 2023, table 1:
+keeping them in full precision removes most of the loss). Here it is measured for one linear:
+
+    share(S) = 1 − tr(E' H E'ᵀ) / tr(E H Eᵀ)       E' is E with the columns of S set to zero
+
+which is the part of the output error that is gone when the channels S keep full precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# A share needs no more rows than this; all rows of a large linear would cost as much as judging a candidate.
+_MAX_ROWS = 512
+
+
+def saliency_shares(error: Tensor, moment: Tensor, channel_shares: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """(share of channels, share of the output error that they carry) for each of `channel_shares`.
+
+    error: E = Ŵ − W float32 `[out, in]`; where it has many rows, some hundred evenly spaced ones are looked at.
+    moment: H = E[x xᵀ] float32 `[in, in]`. S are the ⌈share · in⌉ channels with the largest H_jj = E[x_j²]. A share of
+    the error can be negative, where the errors of S cancel those of others; it is 0 where there is no error.
+    """
+    rows = error[:: math.ceil(error.shape[0] / _MAX_ROWS)]
+    pushed = rows @ moment
+    total = float((pushed * rows).sum())
+    if total <= 0.0:
+        return tuple((share, 0.0) for share in channel_shares)
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    found = []
+    for share in channel_shares:
+        salient = order[: math.ceil(share * len(order))]
+        alone = rows[:, salient]
+        # tr(E' H E'ᵀ) = tr(E H Eᵀ) − 2 tr(E_S (E H)_Sᵀ) + tr(E_S H_SS E_Sᵀ), E_S the columns of S
+        inner = alone @ moment[salient][:, salient]
+        removed = 2 * float((pushed[:, salient] * alone).sum()) - float((inner * alone).sum())
+        found.append((share, removed / total))
+    return tuple(found)

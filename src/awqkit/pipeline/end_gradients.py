@@ -1,0 +1,108 @@
+"""Gradients of the model's own loss at every block's output: what an error there costs at the end.
+
+One forward pass keeps every block's input, the output head gives the gradient at the last block's output, and one pass
+over the blocks in reverse carries it to the first. The labels are drawn from the model itself, so that E[g gᵀ] is the
+Fisher information (YAQA, Tseng 2025, section 4). Both sets of states lie in unlinked files, bfloat16.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from awqkit.model.skeleton import Skeleton, run_block
+from awqkit.pipeline.activations import HiddenStates, TokenRows
+
+_LARGEST_TOKEN_WEIGHT = 20.0  # times the mean: beyond it a few tokens would be all that counts
+
+
+class EndGradients:
+    """`[rows, tokens, width]` bfloat16 for every block, on disk."""
+
+    def __init__(self, gradients: list[Tensor]) -> None:
+        self._gradients = gradients
+
+    def at(self, block: int) -> Tensor:
+        """The gradient at the block's output for all rows, on the CPU."""
+        return self._gradients[block]
+
+    def token_weight(self, block: int) -> Tensor:
+        """`[rows, tokens]` float32 with mean 1: the root of each token's mean squared gradient, cut at 20 × the mean."""
+        weight = torch.stack([row.float().square().mean(dim=-1).sqrt() for row in self._gradients[block]])
+        weight = weight / weight.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        weight = weight.clamp(max=_LARGEST_TOKEN_WEIGHT)
+        return weight / weight.mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def measure_end_gradients(
+    skeleton: Skeleton, rows: TokenRows, device: torch.device, seed: int, folder: Path, step: Callable[[int], None]
+) -> EndGradients:
+    """The gradients of −log p(label) summed over all tokens. folder: where the states may lie meanwhile.
+
+    step(block): called after each block of both passes.
+    """
+    states = HiddenStates(skeleton, rows, device, batch_divisor=_BATCH_DIVISOR)
+    inputs = [_on_disk(states.shape, folder) for _ in range(skeleton.num_blocks)]
+    for index in range(skeleton.num_blocks):
+        block = skeleton.load_block(index, device)
+        try:
+            with torch.no_grad():
+                for part, hidden, call, _ in states.batches(index):
+                    inputs[index][part] = hidden.to("cpu", torch.bfloat16)
+                    states.write(part, run_block(block, hidden, call))
+        finally:
+            skeleton.release_block(index)
+        step(index)
+    _at_last_output(skeleton, rows, states, device, seed)
+    # a block's input is read once, so its gradient can take its place: [i] then holds the gradient at block i − 1's output
+    last = _on_disk(states.shape, folder)
+    for part, gradient, _, _ in states.batches(0):
+        last[part] = gradient.to("cpu", torch.bfloat16)
+    for index in reversed(range(skeleton.num_blocks)):
+        block = skeleton.load_block(index, device)
+        try:
+            for part, gradient, call, _ in states.batches(index):
+                hidden = inputs[index][part].to(device, torch.float32).requires_grad_(True)
+                with torch.enable_grad():
+                    run_block(block, hidden, call).backward(gradient)
+                states.write(part, hidden.grad)
+                inputs[index][part] = hidden.grad.to("cpu", torch.bfloat16)
+        finally:
+            skeleton.release_block(index)
+        step(index)
+    return EndGradients([*inputs[1:], last])
+
+
+_BATCH_DIVISOR = 2  # a backward pass keeps what a forward pass drops
+
+
+def _at_last_output(skeleton: Skeleton, rows: TokenRows, states: HiddenStates, device: torch.device, seed: int) -> None:
+    """Put the gradient at the last block's output in the place of that output."""
+    generator = torch.Generator().manual_seed(seed)
+    with skeleton.head(device) as head:
+        for part, hidden, _, mask in states.batches(0):
+            for row in range(len(hidden)):
+                ids = rows.ids[part][row : row + 1].to(device)
+                leaf = hidden[row : row + 1].clone().requires_grad_(True)
+                row_mask = None if mask is None else mask[row : row + 1]
+                with torch.enable_grad():
+                    logits = head(ids, leaf, row_mask)[0]
+                    chance = torch.rand(len(logits), 1, generator=generator).to(device)
+                    with torch.no_grad():
+                        reached = logits.float().softmax(dim=-1).cumsum(dim=-1)
+                        labels = torch.searchsorted(reached, chance).clamp_(max=logits.shape[-1] - 1)
+                    chosen = logits.float().log_softmax(dim=-1).gather(-1, labels)
+                    real = ... if mask is None else mask[row]
+                    (-chosen[real]).sum().backward()
+                hidden[row] = leaf.grad[0]
+            states.write(part, hidden)
+
+
+def _on_disk(shape: torch.Size, folder: Path) -> Tensor:
+    """A bfloat16 tensor backed by a file that is gone when the process is."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".awqkit-states-") as file:
+        return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=torch.bfloat16).reshape(shape)

@@ -1,0 +1,36 @@
+"""G of every linear of a block: the block run again with gradients, from the gradient at its output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from awqkit.model.observe import LinearWatch
+from awqkit.model.skeleton import run_block
+from awqkit.numerics.statistics import accumulate_, empty_statistics, finished, second_moment
+from awqkit.pipeline.activations import HiddenStates
+from awqkit.pipeline.context import BlockContext
+
+
+def measure_sensitivity(context: BlockContext, rows: HiddenStates, end_gradient: Tensor) -> dict[str, Tensor]:
+    """For every linear G = E[g gᵀ], `[out, out]` float32; the rows stay where they are.
+
+    end_gradient: `[rows, tokens, width]`, of the end loss at the block's output.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def after(name: str, output: Tensor) -> None:
+        output.retain_grad()
+        outputs[name] = output
+
+    views = context.structure.linears
+    watched = {view.weight: context.parameters[view.weight] for view in views}
+    found = {view.name: empty_statistics(view.shape[0], context.device) for view in views}
+    for part, hidden, call, mask in rows.batches(context.index):
+        outputs.clear()
+        with torch.enable_grad(), LinearWatch(watched, after=after):
+            result = run_block(context.block, hidden.clone().requires_grad_(True), call)
+        result.backward(end_gradient[part].to(result.device, result.dtype))
+        for view in views:
+            found[view.name] = accumulate_(found[view.name], outputs[view.weight].grad, mask)
+    return {name: second_moment(finished(statistics)) for name, statistics in found.items()}

@@ -1,0 +1,97 @@
+"""Coordinate descent against trying every code of every weight, in float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from numerics.cases import Case, correlated, error_of
+from numerics.reference import descent_sweep, equal_up_to_ties, objective, per_column
+
+from awqkit.numerics.descent import descend
+from awqkit.numerics.gptq import COLUMN_BLOCK, round_gptq
+from awqkit.numerics.grid import QuantizedWeight
+from awqkit.numerics.rounding import round_nearest
+from awqkit.numerics.rounding_metric import RoundingMetric, energy_order, rounding_metric
+
+BITS = [2, 3, 4, 8]
+
+
+def _metric(case: Case) -> RoundingMetric:
+    return rounding_metric(case.moment, energy_order(case.moment, case.energy), 0.05)
+
+
+def _start(case: Case, metric: RoundingMetric, kind: str, bits: int, group_size: int, symmetric: bool):
+    grid = case.grid(bits, group_size, symmetric=symmetric)
+    if kind == "gptq":
+        return round_gptq(case.weight, grid, metric)
+    if kind == "nearest":
+        return round_nearest(case.weight, grid)
+    codes = torch.randint(0, 2**bits, case.weight.shape, generator=torch.Generator().manual_seed(bits))
+    return QuantizedWeight(codes.to(torch.uint8), grid)
+
+
+@pytest.mark.parametrize("kind", ["nearest", "random"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 12), (3, 24), (4, 12), (4, 24)])
+def test_a_sweep_gives_every_weight_the_best_of_all_its_codes(
+    bits: int, group_size: int, symmetric: bool, kind: str
+) -> None:
+    case = correlated(8, 24, seed=bits)
+    metric = _metric(case)
+    start = _start(case, metric, kind, bits, group_size, symmetric)
+    grid = start.grid
+    scale, zero = per_column(grid.group_scale, group_size), per_column(grid.group_zero, group_size)
+    expected, margin = descent_sweep(case.weight, start.codes, scale, zero, bits, metric.damped, metric.order)
+    found = descend(case.weight, start, metric)
+    assert found.grid is grid
+    assert equal_up_to_ties(found.codes, expected, margin, metric.order, 1e-3)
+    assert float((found.codes == expected).double().mean()) > 0.97
+    assert not torch.equal(found.codes, start.codes)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "nearest", "random"])
+@pytest.mark.parametrize("group_size", [16, 48, 96])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_no_sweep_raises_the_objective(bits: int, symmetric: bool, group_size: int, kind: str) -> None:
+    case = correlated(12, 96, seed=bits)
+    metric = _metric(case)
+    chosen = [_start(case, metric, kind, bits, group_size, symmetric)]
+    for _ in range(4):
+        chosen.append(descend(case.weight, chosen[-1], metric))
+    errors = [objective(error_of(case.weight, entry), metric.damped) for entry in chosen]
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
+    assert errors[-1] < errors[0] * (0.9995 if kind == "gptq" else 0.9)
+    assert int(chosen[-1].codes.max()) <= 2**bits - 1
+
+
+def test_several_sweeps_are_sweeps_one_after_another_over_several_blocks_of_columns() -> None:
+    case = correlated(6, COLUMN_BLOCK + 40)
+    metric = _metric(case)
+    start = _start(case, metric, "nearest", 3, 24, False)
+    one_by_one = start
+    for _ in range(3):
+        one_by_one = descend(case.weight, one_by_one, metric)
+    at_once = descend(case.weight, start, metric, sweeps=3)
+    assert float((at_once.codes == one_by_one.codes).double().mean()) > 0.99
+    assert not torch.equal(at_once.codes, descend(case.weight, start, metric).codes)
+
+
+def test_where_no_single_move_helps_nothing_moves() -> None:
+    case = correlated(6, 48)
+    metric = _metric(case)
+    settled = descend(case.weight, _start(case, metric, "nearest", 4, 16, False), metric, sweeps=50)
+    again = descend(case.weight, settled, metric)
+    assert torch.equal(again.codes, settled.codes)
+
+
+def test_what_is_given_is_not_written_to() -> None:
+    case = correlated(6, 48)
+    metric = _metric(case)
+    start = _start(case, metric, "nearest", 4, 16, False)
+    saved = [value.clone() for value in (case.weight, start.codes, metric.moment, metric.damping)]
+    descend(case.weight, start, metric)
+    after = (case.weight, start.codes, metric.moment, metric.damping)
+    assert all(torch.equal(a, b) for a, b in zip(saved, after, strict=True))
