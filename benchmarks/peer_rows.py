@@ -110,7 +110,7 @@ def named_peers(words: Iterable[str]) -> dict[str, str]:
     chosen: dict[str, str] = {}
     for word in words:
         name, equals, python = word.partition("=")
-        rows = [row for row in PEERS if row == name or row.startswith(f"{name}-")]
+        rows = [name] if name in PEERS else [row for row in PEERS if row.startswith(f"{name}-")]
         if not equals or not python or not rows:
             raise ValueError(f"--peer {word}: expected NAME=PYTHON with NAME one of llmcompressor, {', '.join(PEERS)}")
         chosen |= dict.fromkeys(rows, python)

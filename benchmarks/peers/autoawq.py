@@ -4,7 +4,9 @@
 
 Written for autoawq 0.2.9, the last release, which needs transformers 4. That library does not know `rope_parameters`
 and `dtype` in a config.json of transformers 5 and would go on with its own defaults: a model with another rotary base
-is another model. So the config is respelled first.
+is another model. So the config is respelled first. On a CPU its scale search keeps the weights that it goes back to
+with `.cpu()`, which copies nothing there, and then scales them in place: what comes out is far worse than plain
+rounding. Here it gets copies, so that the figure is the method's; on a GPU that changes nothing.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from awq import AutoAWQForCausalLM
 from awq.modules.linear import WQLinear_GEMM
-from awq.quantize import quantizer
+from awq.quantize.quantizer import AwqQuantizer
 from peer_protocol import Clock, dequantized, read_task, write_checkpoint, write_result
-from transformers import AutoTokenizer
 
 # nibble j of a word, lowest first, holds output column ORDER[j] of the word's eight
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -28,14 +30,15 @@ def main() -> None:
     """Quantize, read the packed words back in float32, write."""
     task = read_task(("awq",))
     config = {"w_bit": task.bits, "q_group_size": task.group_size, "zero_point": True, "version": "GEMM"}
-    quantizer.get_calib_dataset = lambda **_named: [row[None] for row in task.rows]
+    AwqQuantizer._compute_best_scale = _with_copies(AwqQuantizer._compute_best_scale)
     clock = Clock(task.device)
     with tempfile.TemporaryDirectory() as scratch:
         _respell(task.model, Path(scratch))
         tool = AutoAWQForCausalLM.from_pretrained(scratch, device_map=None, safetensors=True)
         tool.quantize(
-            AutoTokenizer.from_pretrained(task.model),
+            None,  # the rows are tokens already
             quant_config=config,
+            calib_data=task.rows.tolist(),
             max_calib_samples=len(task.rows),
             max_calib_seq_len=task.rows.shape[1],
         )
@@ -61,6 +64,20 @@ def _respell(source: Path, target: Path) -> None:
         config["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
     config["torch_dtype"] = config.pop("dtype", config.get("torch_dtype"))
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _with_copies(search: Any) -> Any:
+    """Its search for one scale, with a `state_dict()` of copies on the module that it restores after each trial."""
+
+    def searched(self: Any, x: Any, w_mean: Any, x_mean: Any, module2inspect: torch.nn.Module, *others: Any) -> Any:
+        plain = module2inspect.state_dict
+        module2inspect.state_dict = lambda: {name: value.clone() for name, value in plain().items()}
+        try:
+            return search(self, x, w_mean, x_mean, module2inspect, *others)
+        finally:
+            del module2inspect.state_dict
+
+    return searched
 
 
 def _weight(layer: WQLinear_GEMM) -> torch.Tensor:

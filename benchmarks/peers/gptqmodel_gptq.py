@@ -3,17 +3,20 @@
     PYTHON gptqmodel_gptq.py --model FOLDER --rows rows.json --out FOLDER --json result.json [--device cuda]
 
 Written for gptqmodel 7.7. It saves its checkpoint, and the codes are read from there: `qweight` and `qzeros` are
-streams of codes, the lowest bits first, along the inputs and along the outputs; format v2 holds zero points as they are.
+streams of codes, lowest bits first, along the inputs and along the outputs; format v2 holds zero points as they are.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its loader wants two; on two cores it would start with one
+
 import torch
-from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.quantization import FORMAT
 from peer_protocol import Clock, Task, read_task, write_checkpoint, write_result
 from safetensors.torch import load_file
@@ -28,7 +31,7 @@ def main() -> None:
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in task.rows]
     clock = Clock(task.device)
     tool = GPTQModel.load(str(task.model), config, device="cuda:0" if task.device == "cuda" else "cpu")
-    tool.quantize(rows, batch_size=BATCH, calibration_sort=None, backend=BACKEND.AUTO)
+    tool.quantize(rows, batch_size=BATCH, calibration_sort=None)
     clock.stop()
     with tempfile.TemporaryDirectory() as scratch:
         tool.save(scratch)

@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "RunOptions", "__version__", "evaluate", "load", "quantize"]
+__all__ = ["Recipe", "RunOptions", "__version__", "convert", "evaluate", "inspect", "load", "quantize"]
 
 if TYPE_CHECKING:
+    from awqkit.api.convert import convert
     from awqkit.api.evaluate import evaluate
+    from awqkit.api.inspect import inspect
     from awqkit.api.load import load
     from awqkit.api.quantize import quantize
     from awqkit.options import RunOptions
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Recipe": "awqkit.recipe",
     "RunOptions": "awqkit.options",
+    "convert": "awqkit.api.convert",
     "evaluate": "awqkit.api.evaluate",
+    "inspect": "awqkit.api.inspect",
     "load": "awqkit.api.load",
     "quantize": "awqkit.api.quantize",
 }

@@ -31,6 +31,8 @@ else:
 DEFAULT_QUALITY = "balanced"
 DEFAULT_GROUP_SIZES = (128, 64, 32)  # tried in this order when no size is asked for
 
+FORMAT_NAMES = ("awq", "compressed-tensors")
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "channel_scale": ("none", "search", "smooth"),
     "importance": ("square", "mean-abs", "conditional"),
@@ -41,7 +43,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "column_order": ("energy", "moment"),
     "damping": ("own", "mean"),
     "sensitivity": ("none", "end-loss"),
-    "format": ("awq", "compressed-tensors"),
+    "format": FORMAT_NAMES,
     "activations": ("none", "int8"),
 }
 SCALE_FAMILIES = ("importance", "duo")
@@ -86,7 +88,7 @@ _METHODS: dict[str, dict[str, Any]] = {
 class Recipe:
     """All choices that the written bytes depend on, for one model, calibration text and device kind.
 
-    name: the preset or method that it was made from, for people.
+    name: the preset or method that it was made from, for people; "custom" where it was made field by field.
     bits: 2 to 8; the format may hold fewer.
     group_size: input channels that share one scale; None takes the largest of 128, 64, 32 that divides every linear,
         −1 one group per row.
@@ -114,7 +116,7 @@ class Recipe:
     samples, seq_len, seed: calibration rows, tokens per row, and the seed that chooses them.
     """
 
-    name: str = DEFAULT_QUALITY
+    name: str = "custom"
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = False
@@ -194,7 +196,9 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether any choice looks at activations."""
-        return self.channel_scale != "none" or self.clip != "none" or self.rounding != "nearest" or self.propagates
+        searches = self.channel_scale != "none" or self.clip != "none" or self.rounding != "nearest"
+        refines = self.rounds > 0 and bool(self.refinement)
+        return searches or refines or self.propagates or self.sensitivity != "none"
 
     @property
     def propagates(self) -> bool:

@@ -58,7 +58,10 @@ def test_a_tensor_that_is_missing_is_not_made_up(refused, place):
         ({"model_type": "t5"}, "model_type 't5' is an encoder-decoder model"),
         ({"model_type": "vit"}, "transformers has no causal language model for model_type 'vit'"),
         ({"hidden_size": 32}, "transformers cannot build the model that config.json describes ("),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized by 'gptq'; only awq can be read"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantized by 'gptq'; only awq, compressed-tensors can be read",
+        ),
     ],
 )
 def test_models_that_cannot_be_loaded(refused, place, values, found):

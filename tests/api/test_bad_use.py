@@ -18,7 +18,7 @@ CALIBRATED = ("calibration: ",)
         (("--method", "gptx"), "argument --method: 'gptx' is not one of rtn, awq"),
         (("--quality", "better"), "argument --quality: 'better' is not one of fast"),
         (("--quality", "fast", "--method", "awq"), "quality 'fast' and method 'awq' were both given: "),
-        (("--bits", "3"), "bits is 3; the awq format holds 4 bits only, use --bits 4"),
+        (("--bits", "3"), "bits is 3; the awq format holds 4 bits only, use --format compressed-tensors"),
         (("--bits", "9"), "bits is 9; it takes a whole number from 2 to 8"),
         (("--group-size", "48"), "group_size is 48; readers of the awq format take 128, 64, 32 and 16"),
         (("--dtype", "float32"), "argument --dtype: 'float32' is not one of bfloat16, float16"),

@@ -48,8 +48,10 @@ class FakeApi:
     calls: list[SimpleNamespace] = field(default_factory=list)
     fails: Callable[[], None] = lambda: None
 
-    def quantize(self, model: Any, out: Any, recipe: Any = None, *, options: Any, emit: Any) -> SimpleNamespace:
-        self._record(model=model, out=out, recipe=recipe, options=options, emit=emit)
+    def quantize(
+        self, model: Any, out: Any, recipe: Any = None, *, options: Any, report_page: Any, emit: Any
+    ) -> SimpleNamespace:
+        self._record(model=model, out=out, recipe=recipe, options=options, report_page=report_page, emit=emit)
         Path(out).mkdir(exist_ok=True)
         (Path(out) / "model.safetensors").write_bytes(bytes(1500))
         return SimpleNamespace(directory=Path(out), report=FakeReport(), seconds=12.34)

@@ -21,7 +21,7 @@ def _quantized(bits: int = 4, symmetric: bool = False) -> QuantizedWeight:
 BIAS = torch.linspace(-2.0, 2.0, 32)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bias", [None, BIAS])
 def test_in_float32_it_is_the_dequantized_weight_bit_for_bit(bits: int, symmetric: bool, bias: Tensor | None) -> None:
@@ -47,6 +47,23 @@ def test_two_codes_share_a_byte() -> None:
     largest = max(buffer.numel() * buffer.element_size() for buffer in linear.buffers())
     assert largest == 32 * 64 // 2
     assert not list(linear.parameters())
+
+
+@pytest.mark.parametrize(("bits", "columns"), [(8, 64), (3, 63)])
+def test_wide_codes_and_odd_rows_take_a_byte_each(bits: int, columns: int) -> None:
+    weight = torch.randn(32, columns, generator=torch.Generator().manual_seed(0))
+    grid = span_grid(weight, bits=bits, group_size=columns, symmetric=False, stored_dtype=torch.bfloat16)
+    quantized = round_nearest(weight, grid)
+    linear = PackedLinear(quantized, None, torch.float32)
+    assert max(buffer.numel() * buffer.element_size() for buffer in linear.buffers()) == 32 * columns
+    assert torch.equal(linear(torch.eye(columns)).t(), dequantize(quantized.codes, grid))
+    quantized.codes.zero_()
+    assert linear.quantized_weight().codes.any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_the_int4_kernel_is_for_4_bits_only(bits: int) -> None:
+    assert not PackedLinear(_quantized(bits), None, torch.bfloat16).uses_kernel
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])

@@ -15,6 +15,7 @@ from awqkit.checkpoint.header import TensorSpec
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
 from awqkit.formats.format import FORMATS, stored_format
+from awqkit.formats.scheme import Scheme
 from awqkit.numerics.grid import (
     Grid,
     QuantizedWeight,
@@ -36,7 +37,7 @@ SHAPES = {
     "model.layers.0.mlp.down_proj": (8, 32),
 }
 KEPT = "model.layers.0.mlp.gate_proj"
-AWQ = FORMATS["awq"]
+AWQ, SCHEME = FORMATS["awq"], Scheme(4, GROUP_SIZE, False)
 
 
 def quantize(shape: tuple[int, int], dtype: torch.dtype, symmetric: bool, seed: int) -> QuantizedWeight:
@@ -51,14 +52,14 @@ def quantize(shape: tuple[int, int], dtype: torch.dtype, symmetric: bool, seed: 
 def write(out: Path, weights: dict[str, QuantizedWeight], dtype: torch.dtype, max_shard_bytes: int) -> None:
     specs = [TensorSpec(f"{KEPT}.weight", dtype, (8, 32))]
     for name, (rows, columns) in SHAPES.items():
-        for part, (kind, shape) in AWQ.tensor_specs(name, rows, columns, GROUP_SIZE, dtype).items():
+        for part, (kind, shape) in AWQ.tensor_specs(name, rows, columns, SCHEME, dtype).items():
             specs.append(TensorSpec(part, kind, shape))
     with CheckpointWriter(out, plan_layout(specs, max_shard_bytes), overwrite=False) as writer:
         writer.write(f"{KEPT}.weight", torch.ones(8, 32, dtype=dtype))
         for name, weight in weights.items():
-            for part, tensor in AWQ.pack(name, weight, dtype).items():
+            for part, tensor in AWQ.pack(name, weight, SCHEME, dtype).items():
                 writer.write(part, tensor)
-        block = AWQ.quantization_config(4, GROUP_SIZE, [KEPT], [*SHAPES, KEPT])
+        block = AWQ.quantization_config(SCHEME, [KEPT], [*SHAPES, KEPT])
         writer.write_json("config.json", {"architectures": ["LlamaForCausalLM"], "quantization_config": block})
         writer.commit()
 
@@ -95,10 +96,10 @@ def test_the_converter_reads_exactly_our_weights(
     found = stored_format(checkpoint.config)
     assert found is not None
     ours, config = found
-    assert sorted(ours.quantized_linears(checkpoint.names)) == sorted(SHAPES)
+    assert sorted(ours.quantized_linears(checkpoint.names, config.scheme)) == sorted(SHAPES)
     for name, weight in weights.items():
         expected = dequantize(weight.codes, weight.grid)
         assert torch.equal(value_of(converted, name), expected)
-        back = ours.unpack(name, checkpoint.read_many(ours.tensor_names(name)), config)
+        back = ours.unpack(name, checkpoint.read_many(ours.tensor_names(name, config.scheme)), config.scheme)
         assert torch.equal(dequantize(back.codes, back.grid), expected)
     assert torch.equal(converted[f"{KEPT}.weight"], torch.ones(8, 32, dtype=dtype))

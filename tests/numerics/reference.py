@@ -1,4 +1,4 @@
-"""Slow and obvious float64 versions of rounding, descent, refit and propagation: loops, explicit inverses, all values tried.
+"""Rounding, descent, refit and propagation in float64, slow and obvious: loops, explicit inverses, all values tried.
 
 Nothing here is shared with the package: no Cholesky factor, no residual that is kept up to date, no closed form where
 trying everything is possible.
@@ -95,8 +95,8 @@ def refit_group(
 ) -> tuple[float, float, float]:
     """The exact least-squares Δ of one row's group, then that Δ as it is kept, then its z; all else is held.
 
-    weight, codes, scale, zero: one row, `[in]` float64. The stored Δ is taken only where the row's error falls and it is
-    less than a factor of four away; z is the best of all whole numbers, the present one where several are equal.
+    weight, codes, scale, zero: one row, `[in]` float64. The stored Δ is taken only where the row's error falls and it
+    is less than a factor of four away; z is the best of all whole numbers, the present one where several are equal.
     """
     root = torch.linalg.cholesky(damped)
 

@@ -41,7 +41,7 @@ def test_every_group_gets_the_least_squares_scale_and_the_best_zero_point(
     metric = _metric(case)
     start = _start(case, metric, bits, group_size, symmetric)
     if not symmetric:  # chosen codes rarely want another zero point; a wrong one must be found
-        wrong = (start.grid.group_zero + (torch.arange(10) % 3 == 0)[:, None]).clamp(max=2**bits - 1)
+        wrong = (start.grid.group_zero + 2 * (torch.arange(10) % 3 == 0)[:, None]).clamp(max=2**bits - 1)
         start = replace(start, grid=replace(start.grid, group_zero=wrong))
     found = refit(case.weight, start, metric, BF16)
     assert torch.equal(found.codes, start.codes)
@@ -78,10 +78,18 @@ def test_zero_points_move_where_they_were_wrong() -> None:
     off = Grid(4, 16, False, grid.group_scale, (grid.group_zero + 2).clamp(max=15))
     found = refit(case.weight, QuantizedWeight(codes, off), metric, BF16)
     assert bool((found.grid.group_zero != off.group_zero).any())
-    errors = [
-        objective(error_of(case.weight, entry), metric.damped) for entry in (QuantizedWeight(codes, off), found)
-    ]
+    errors = [objective(error_of(case.weight, entry), metric.damped) for entry in (QuantizedWeight(codes, off), found)]
     assert errors[1] < 0.3 * errors[0]
+
+
+def test_a_symmetric_grid_keeps_its_zero_point_even_where_another_would_be_better() -> None:
+    case = correlated(10, 32)
+    metric, grid = _metric(case), case.grid(4, 16, symmetric=True)
+    shifted = (round_nearest(case.weight, grid).codes + 2).clamp(max=15)
+    found = refit(case.weight, QuantizedWeight(shifted, grid), metric, BF16).grid
+    assert torch.equal(found.group_zero, grid.group_zero)
+    free = replace(grid, symmetric=False)
+    assert bool((refit(case.weight, QuantizedWeight(shifted, free), metric, BF16).grid.group_zero > 8).any())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -67,7 +67,9 @@ def test_solving_is_the_product_with_the_inverse() -> None:
     metric = _metric("moment")
     right = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
     expected = right.double() @ torch.linalg.inv(metric.damped.double())
-    torch.testing.assert_close(metric.solve(right).double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        metric.solve(right).double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+    )
 
 
 def _scale(columns: int = 40) -> Tensor:

@@ -121,7 +121,17 @@ def test_an_inexact_fold_is_not_used_and_the_report_says_so(tmp_path: Path, monk
     assert not torch.equal(found[name].float(), source[name])
 
 
-@pytest.mark.parametrize("recipe", [FAST, Recipe.method("awq", group_size=GROUP, alpha_search="layer")])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        FAST,
+        Recipe.preset("balanced", group_size=GROUP),
+        Recipe.preset("best", group_size=GROUP, rounds=1),
+        Recipe.method("awq", group_size=GROUP, alpha_search="layer"),
+        Recipe.method("gptq", group_size=GROUP),
+    ],
+    ids=lambda recipe: recipe.name,
+)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
 def test_on_a_real_run_no_choice_is_worse_than_plain_rounding(family: str, recipe: Recipe, tmp_path: Path) -> None:
     result = run_on(tiny_model(family), tmp_path, recipe)

@@ -23,21 +23,40 @@ pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = Path(__file__).with_name("held_out.txt")
 POSITIONS = 160  # fits the 256 positions that vllm_check.py gives the engine
-QUANTIZE = ("--group-size", "128", "--samples", "16", "--seq-len", "256")
+W8A8 = """\
+method = "rtn"
+format = "compressed-tensors"
+bits = 8
+group_size = -1
+symmetric = true
+activations = "int8"
+"""
 
 
 @dataclass(frozen=True)
 class Bounds:
     """How far |Δ log p| of vLLM (16-bit arithmetic) may be from float32: a correct reader's, doubled.
 
-    A dense bf16 model of this size shows mean 0.016, max 0.065; a misread one, mean 1.1 to 1.4.
+    A dense bf16 model of this size shows mean 0.016, max 0.065; a misread one, mean 1.1 to 1.4. W8A8 rounds its inputs
+    too, and a difference of 16-bit arithmetic can move one of them to the next code.
     """
 
     mean: float
     largest: float
 
 
-BOUNDS = {"bfloat16": Bounds(0.03, 0.15), "float16": Bounds(0.005, 0.03)}
+BF16, FP16, BYTES = Bounds(0.03, 0.15), Bounds(0.005, 0.03), Bounds(0.08, 0.5)
+_SEARCHED = ("--group-size", "128", "--samples", "16", "--seq-len", "256")
+_PACKED = ("--method", "rtn", "--format", "compressed-tensors")
+# name -> flags of `awqkit quantize`, and the bounds
+CASES: dict[str, tuple[tuple[str, ...], Bounds]] = {
+    "bfloat16": ((*_SEARCHED, "--dtype", "bfloat16"), BF16),
+    "float16": ((*_SEARCHED, "--dtype", "float16"), FP16),
+    "packed asymmetric g64": ((*_PACKED, "--group-size", "64"), BF16),
+    "packed symmetric g128": ((*_PACKED, "--symmetric", "--group-size", "128"), BF16),
+    "packed symmetric channel": ((*_PACKED, "--symmetric", "--group-size", "channel"), BF16),
+    "w8a8": (("--recipe", "{folder}/w8a8.toml"), BYTES),
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +71,15 @@ def vllm_python() -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The embedded model, quantized by the command line in both dtypes that a checkpoint can have."""
+    """The embedded model, quantized by the command line in each of the CASES."""
     from awqkit.demo.model import embedded_model
 
-    made = {}
-    for dtype in BOUNDS:
-        made[dtype] = tmp_path_factory.mktemp("checkpoints") / f"demo {dtype}"
-        quantize = [sys.executable, "-m", "awqkit", "quantize", str(embedded_model()), str(made[dtype])]
-        run([*quantize, "--dtype", dtype, *QUANTIZE])
+    made, folder = {}, tmp_path_factory.mktemp("checkpoints")
+    (folder / "w8a8.toml").write_text(W8A8, encoding="utf-8")
+    for name, (flags, _) in CASES.items():
+        made[name] = folder / f"demo {name}"
+        quantize = [sys.executable, "-m", "awqkit", "quantize", str(embedded_model()), str(made[name])]
+        run([*quantize, *(flag.format(folder=folder) for flag in flags)])
     return made
 
 
@@ -85,12 +105,12 @@ def vllm_check(python: Path, verb: str, checkpoint: Path, option: tuple[str, str
     return json.loads(out.read_text(encoding="utf-8"))
 
 
-def record(dtype: str, figures: dict) -> None:
-    """Add the figures of one dtype to the file that AWQKIT_VLLM_RESULTS names, if it names one."""
+def record(name: str, figures: dict) -> None:
+    """Add the figures of one case to the file that AWQKIT_VLLM_RESULTS names, if it names one."""
     if named := os.environ.get("AWQKIT_VLLM_RESULTS"):
         file = ROOT / named
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        file.write_text(json.dumps({**found, dtype: figures}, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps({**found, name: figures}, indent=1) + "\n", encoding="utf-8")
 
 
 def held_out_tokens(checkpoint: Path) -> list[int]:
@@ -112,11 +132,11 @@ def float32_logprobs(checkpoint: Path, tokens: list[int]) -> list[float]:
     return torch.log_softmax(logits, dim=-1).gather(1, following)[:, 0].tolist()
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", CASES)
 def test_vllm_gives_the_log_probabilities_of_our_own_reader(
-    dtype: str, vllm_python: Path, checkpoints: dict[str, Path], tmp_path: Path
+    name: str, vllm_python: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    checkpoint, bounds = checkpoints[dtype], BOUNDS[dtype]
+    checkpoint, bounds = checkpoints[name], CASES[name][1]
     tokens = held_out_tokens(checkpoint)
     reference = float32_logprobs(checkpoint, tokens)
     (tmp_path / "tokens.json").write_text(json.dumps(tokens), encoding="utf-8")
@@ -126,8 +146,8 @@ def test_vllm_gives_the_log_probabilities_of_our_own_reader(
 
     difference = [abs(a - b) for a, b in zip(answer["logprobs"], reference, strict=True)]
     mean, largest = sum(difference) / len(difference), max(difference)
-    print(f"{dtype}: |d log p| mean {mean:.4f}, max {largest:.4f} over {len(difference)} positions")
-    record(dtype, {"mean": mean, "max": largest, "positions": len(difference), **answer["versions"]})
+    print(f"{name}: |d log p| mean {mean:.4f}, max {largest:.4f} over {len(difference)} positions")
+    record(name, {"mean": mean, "max": largest, "positions": len(difference), **answer["versions"]})
     vocabulary = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     assert sum(reference) / len(reference) > 1 - math.log(vocabulary), "the model guesses: agreement means nothing"
     assert mean <= bounds.mean and largest <= bounds.largest

@@ -12,17 +12,20 @@ from pathlib import Path
 import torch
 
 from awqkit.api.device import choose_device
+from awqkit.api.report_page import check_report_path, write_report
 from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
 from awqkit.calibration.rows import pack_rows, rows_from_ids
 from awqkit.calibration.sources import read_documents
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.output import refuse_output
 from awqkit.checkpoint.reader import Checkpoint, refuse_quantized
+from awqkit.checkpoint.reports import REPORT_FILE, TIMINGS_FILE
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
 from awqkit.decisions import CalibrationSummary
-from awqkit.errors import CalibrationError
+from awqkit.errors import CalibrationError, OutputError
 from awqkit.events import Caution, Emit, Notice, ignore_events
-from awqkit.formats.format import FORMATS, Format
+from awqkit.formats.format import Format, format_for
+from awqkit.formats.scheme import Scheme
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import library_versions, load_config, load_text_encoder
 from awqkit.options import RunOptions
@@ -30,12 +33,10 @@ from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.layout import OutputLayout, plan_output
 from awqkit.pipeline.plan import RunPlan, plan_run
 from awqkit.pipeline.run import Run, run
-from awqkit.recipe import Recipe
+from awqkit.recipe import DEFAULT_QUALITY, Recipe
 from awqkit.report.card import model_card
 from awqkit.report.report import Report
 
-REPORT_FILE = "awqkit.json"
-TIMINGS_FILE = "awqkit-timings.json"
 _HELD_OUT_SHARE = 8  # one row held out for every so many calibration rows
 
 
@@ -63,23 +64,26 @@ def quantize(
     calibration: str | Path | Sequence[Sequence[int]] | None = None,
     exclude_modules: frozenset[str] = frozenset(),
     options: RunOptions | None = None,
+    report_page: str | Path | None = None,
     emit: Emit = ignore_events,
 ) -> QuantizeResult:
     """Quantize `model` (a folder or a hub id) into the new folder `out` and return what was decided.
 
     recipe: the default preset where None. calibration: takes the place of `recipe.calibration`; or token rows, lists
     of ids that include whatever the model expects at the start of a text. exclude_modules: standard library modules
-    that the builtin calibration text leaves out. Raises AwqkitError; `out` then does not exist.
+    that the builtin calibration text leaves out. report_page: where to write the run as an HTML page as well, outside
+    `out`. Raises AwqkitError; `out` then does not exist, unless it was the page that could not be written at the end.
     """
     started = time.monotonic()
-    recipe, options, out = recipe or Recipe(), options or RunOptions(), Path(out)
+    recipe, options, out = recipe or Recipe.preset(DEFAULT_QUALITY), options or RunOptions(), Path(out)
+    if report_page is not None:
+        check_report_path(report_page, out)
     device = choose_device(options.device)
     directory = resolve_model(model)
     refuse_output(out, directory, options.overwrite)
     checkpoint = Checkpoint.open(directory)
     refuse_quantized(checkpoint)
-    written = FORMATS[recipe.format]
-    written.check(recipe)
+    written = format_for(recipe)
     config = load_config(directory, trust_remote_code=options.trust_remote_code)
     skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
     refuse_incomplete(checkpoint, skeleton)
@@ -92,12 +96,13 @@ def quantize(
     plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, written.fused_partners)
     if recipe.group_size is None and plan.group_size != 128:
         emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
-    layout = plan_output(checkpoint, skeleton, plan, written)
+    scheme = Scheme.of(recipe, plan.group_size)
+    layout = plan_output(checkpoint, skeleton, plan, written, scheme)
     for text in _unused_tensors(skeleton, layout):
         emit(Notice(text))
-    settings = _quantization_config(skeleton, plan, layout, written, recipe)
+    settings = _quantization_config(skeleton, plan, layout, written)
     shapes = {linear.name: linear.shape for linear in plan.linears if linear.keep is None}
-    cautions = tuple(written.cautions(shapes, plan.group_size))
+    cautions = tuple(written.cautions(shapes, scheme))
     for text in (*_idle_globs(recipe, plan, skeleton), *cautions):
         emit(Caution(text))
     job = Run(checkpoint, skeleton, recipe, plan, layout, written, device)
@@ -122,8 +127,11 @@ def quantize(
         )
         _write_companions(writer, checkpoint, settings, report)
         seconds = time.monotonic() - started
-        writer.write_json(TIMINGS_FILE, {"seconds": seconds, "stages": outcome.seconds})
+        timings = {"seconds": seconds, "stages": outcome.seconds}
+        writer.write_json(TIMINGS_FILE, timings)
         writer.commit()
+    if report_page is not None:
+        _write_page(report_page, report, timings, out)
     return QuantizeResult(out, report, time.monotonic() - started)
 
 
@@ -219,9 +227,7 @@ def _stored_dtype(checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
     return source if source in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
-def _quantization_config(
-    skeleton: Skeleton, plan: RunPlan, layout: OutputLayout, written: Format, recipe: Recipe
-) -> dict[str, object]:
+def _quantization_config(skeleton: Skeleton, plan: RunPlan, layout: OutputLayout, written: Format) -> dict[str, object]:
     packed = set(layout.packed.values())
     everything, kept = [], []
     for linear in plan.linears:
@@ -235,7 +241,7 @@ def _quantization_config(
         f"{block.path}.{name.removesuffix('.weight')}" for block in plan.blocks for name in block.structure.unwatched
     ]
     return written.quantization_config(
-        recipe.bits, plan.group_size, [*kept, *unwatched, *outside], [*everything, *unwatched, *outside]
+        layout.scheme, [*kept, *unwatched, *outside], [*everything, *unwatched, *outside]
     )
 
 
@@ -250,6 +256,13 @@ def _write_companions(
     source_card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
     writer.write_text("README.md", model_card(report, source_card))
     writer.write_json(REPORT_FILE, report.to_json())
+
+
+def _write_page(path: str | Path, report: Report, timings: dict[str, object], out: Path) -> None:
+    try:
+        write_report(path, report.to_json(), timings, None)
+    except OutputError as error:
+        raise OutputError(f"{error}; the checkpoint {out} is complete") from error
 
 
 def _model_name(model: str | Path) -> str:

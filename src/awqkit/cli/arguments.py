@@ -107,7 +107,7 @@ def add_run_options(group: argparse._ArgumentGroup, *, json_content: str, remote
 
 def run_options(args: argparse.Namespace, *, overwrite: bool = False) -> RunOptions:
     """The RunOptions of the parsed command line; checks --json too, so that no work is done for nothing."""
-    _check_json_path(args.json)
+    check_json_path(args.json)
     return RunOptions(
         device=args.device, overwrite=overwrite, trust_remote_code=getattr(args, "trust_remote_code", False)
     )
@@ -136,7 +136,8 @@ def write_json(path: Path | None, content: Any) -> None:
         raise OutputError(f"--json {path}: cannot be written ({error.strerror})") from error
 
 
-def _check_json_path(path: Path | None) -> None:
+def check_json_path(path: Path | None) -> None:
+    """Raise UsageError where `--json` names a place that cannot be written; None is a place not asked for."""
     if path is None:
         return
     if path.is_dir():

@@ -20,7 +20,15 @@ from awqkit.cli.arguments import (
 )
 from awqkit.cli.console import Console, size_text
 from awqkit.events import BlockFinished, Event, Notice
-from awqkit.recipe import DEFAULT_GROUP_SIZES, DEFAULT_QUALITY, STORED_DTYPES, Recipe, read_recipe_file
+from awqkit.recipe import (
+    DEFAULT_GROUP_SIZES,
+    DEFAULT_QUALITY,
+    FORMAT_NAMES,
+    PER_CHANNEL,
+    STORED_DTYPES,
+    Recipe,
+    read_recipe_file,
+)
 
 if TYPE_CHECKING:
     from awqkit.api.quantize import QuantizeResult
@@ -33,7 +41,7 @@ IMPORTANCES = ("square", "mean-abs")
 ALPHA_SEARCHES = ("group", "layer")
 # Flags whose destination is the Recipe field (or preset choice) of the same name; None means "not given".
 RECIPE_FLAGS = (
-    "quality", "method", "bits", "group_size", "symmetric", "dtype", "ignore", "alpha_search", "importance",
+    "quality", "method", "format", "bits", "group_size", "symmetric", "dtype", "ignore", "alpha_search", "importance",
     "clip", "calibration", "samples", "seq_len", "seed",
 )  # fmt: skip
 
@@ -92,6 +100,9 @@ def build_parser() -> Parser:
         metavar="FILE.toml",
         help="read settings from FILE.toml; flags given here win over it",
     )
+    group.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="also write the report as a page with figures, for any browser"
+    )
     add_run_options(group, json_content="the report")
     return parser
 
@@ -114,9 +125,13 @@ def run(args: argparse.Namespace, console: Console) -> None:
         check_device(args.device)
         from awqkit.api.quantize import quantize
 
-        result = quantize(args.model, args.out, recipe, options=options, emit=count)
+        result = quantize(
+            args.model, args.out, recipe, options=options, report_page=args.report, emit=count
+        )
     console.result(str(result.report))
     console.result(f"\n{_closing_line(result, num_fallbacks)}")
+    if args.report is not None:
+        console.result(f"Wrote the report to {args.report}.")
     write_json(args.json, result.report.to_json())
     console.hint(_next_steps(args.model, result.directory))
 
@@ -148,11 +163,16 @@ def unused_flags(args: argparse.Namespace, recipe: Recipe) -> list[str]:
 def _add_checkpoint_options(parser: Parser) -> None:
     default = Recipe()
     group = parser.add_argument_group("the checkpoint")
+    group.add_argument(
+        "--format", type=one_of(*FORMAT_NAMES), metavar="FORMAT",
+        help=f"{' or '.join(FORMAT_NAMES)}, which also holds 2, 3 and 8 bits and one group a row "
+        f"(default: {default.format})",
+    )  # fmt: skip
     group.add_argument("--bits", type=whole_number(1), metavar="N", help=f"bits per weight (default: {default.bits})")
     first, *smaller = DEFAULT_GROUP_SIZES
     group.add_argument(
-        "--group-size", type=whole_number(1), metavar="N",
-        help=f"input channels that share a scale (default: {first}, or the larger of "
+        "--group-size", type=_group_size, metavar="N",
+        help=f"input channels that share a scale, or channel: one scale a row (default: {first}, or the larger of "
         f"{' and '.join(map(str, smaller))} that divides every input where {first} does not)",
     )  # fmt: skip
     grid = group.add_mutually_exclusive_group()
@@ -219,6 +239,10 @@ def _add_calibration_options(parser: Parser) -> None:
         ("--seed", default.seed, "of the choice of rows"),
     ):
         group.add_argument(flag, type=whole_number(0), metavar="N", help=f"{meaning} (default: {value})")
+
+
+def _group_size(text: str) -> int:
+    return PER_CHANNEL if text == "channel" else whole_number(1)(text)
 
 
 def _braces(choices: tuple[str, ...]) -> str:

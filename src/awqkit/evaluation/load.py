@@ -11,6 +11,7 @@ from torch import nn
 
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.errors import CheckpointError
+from awqkit.evaluation.int8_linear import Int8Linear
 from awqkit.evaluation.packed_linear import PackedLinear
 from awqkit.formats.format import stored_format
 from awqkit.model.skeleton import names_on_disk
@@ -34,16 +35,18 @@ def load_checkpoint(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = empty_model(config, trust_remote_code=trust_remote_code)
-    packed = stored.quantized_linears(checkpoint.names)
+    scheme = settings.scheme
+    linear_class = PackedLinear if scheme.activations == "none" else Int8Linear
+    packed = stored.quantized_linears(checkpoint.names, scheme)
     paths = _module_paths(model, packed)
     for disk_path, path in paths.items():
-        tensors = {name: checkpoint.read(name) for name in stored.tensor_names(disk_path)}
-        weight = stored.unpack(disk_path, tensors, settings)
+        tensors = {name: checkpoint.read(name) for name in stored.tensor_names(disk_path, scheme)}
+        weight = stored.unpack(disk_path, tensors, scheme)
         weight = _on_device(weight, device)
         bias_name = f"{disk_path}.bias"
         bias = checkpoint.read(bias_name).to(device) if bias_name in checkpoint.tensors else None
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, PackedLinear(weight, bias, dtype))
+        setattr(model.get_submodule(parent), leaf, linear_class(weight, bias, dtype))
     _fill_rest(model, checkpoint, paths, dtype, device)
     return finish_loading(model, checkpoint.directory)
 

@@ -1,4 +1,4 @@
-"""A linear that holds its weight in 4 bits."""
+"""A linear that holds its weight in 2 to 8 bits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from awqkit.numerics.grid import Grid, QuantizedWeight
 
 
 class PackedLinear(nn.Module):
-    """y = x · Wᵀ + bias, W on a grid of at most 4 bits; two codes a byte, or the int4 kernel's own layout.
+    """y = x · Wᵀ + bias, W on a grid: two codes a byte up to 4 bits, one above, or the int4 kernel's own layout.
 
-    The kernel is used in bfloat16 where it takes the shape (`kernels.int4_matmul`), everything else is dequantized.
+    The kernel is used for 4 bits in bfloat16 where it takes the shape (`kernels.int4_matmul`), everything else is
+    dequantized.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -20,13 +21,15 @@ class PackedLinear(nn.Module):
         grid = weight.grid
         self.out_features, self.in_features = weight.codes.shape
         self.bits, self.group_size, self.symmetric = grid.bits, grid.group_size, grid.symmetric
-        kernel = kernel_takes(weight.codes.device, dtype, self.out_features, self.in_features, grid.group_size)
-        if kernel:
+        shape = (self.out_features, self.in_features)
+        if grid.bits == 4 and kernel_takes(weight.codes.device, dtype, *shape, grid.group_size):
             packed = pack_for_kernel(weight.codes, grid.group_scale, grid.group_zero, grid.group_size)
             self.register_buffer("layout", packed.layout)
             self.register_buffer("offsets", packed.offsets)
         else:
-            self.register_buffer("nibbles", weight.codes[:, ::2] << 4 | weight.codes[:, 1::2])
+            self.two_a_byte = grid.bits <= 4 and self.in_features % 2 == 0
+            codes = weight.codes[:, ::2] << 4 | weight.codes[:, 1::2] if self.two_a_byte else weight.codes.clone()
+            self.register_buffer("codes", codes)
             self.register_buffer("group_scale", grid.group_scale)
             self.register_buffer("group_zero", grid.group_zero.to(torch.uint8))
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
@@ -55,4 +58,6 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}, {how}"
 
     def _codes(self) -> Tensor:
-        return torch.stack([self.nibbles >> 4, self.nibbles & 15], dim=-1).reshape(self.out_features, self.in_features)
+        if not self.two_a_byte:
+            return self.codes
+        return torch.stack([self.codes >> 4, self.codes & 15], dim=-1).reshape(self.out_features, self.in_features)

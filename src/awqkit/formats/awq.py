@@ -22,6 +22,7 @@ from awqkit.formats.bits import CODES_PER_WORD, pack_columns, unpack_columns
 from awqkit.formats.scheme import SCALE_DTYPES, Scheme, StoredConfig, listed
 from awqkit.formats.serving import fused_partners, fused_units, refuse_split, tensor_parallel_cautions
 from awqkit.numerics.grid import Grid, QuantizedWeight
+from awqkit.recipe import PER_CHANNEL
 
 BITS = 4
 MIDDLE_CODE = 8.0
@@ -37,13 +38,23 @@ class AwqFormat:
     """See the module's docstring; no state, so one instance serves all."""
 
     name = "awq"
-    title = "AWQ (`gemm`)"
+
+    def title(self, scheme: Scheme) -> str:
+        """The format and layout, for a model card."""
+        return "AWQ (`gemm`)"
+
+    def readers(self, scheme: Scheme) -> str:
+        """Who reads such a folder, and how, for a model card."""
+        return (
+            "vLLM and SGLang read this folder as it is (`vllm serve DIR`). transformers reads it with `gptqmodel` "
+            "installed."
+        )
 
     def why_not(self, scheme: Scheme) -> str | None:
         """Why no linear can be stored in this scheme, or None.
 
-        256 columns a group are read nowhere but in transformers, if there; one group a row fails under tensor
-        parallelism in vLLM and divides by −1 in SGLang.
+        Groups of 256 are not known to be read anywhere; one group a row fails under tensor parallelism in vLLM, and
+        SGLang divides by the −1 that says so.
         """
         if scheme.activations != "none":
             return f"activations is {scheme.activations}; the awq format holds weights only"
@@ -123,9 +134,7 @@ class AwqFormat:
         names = self.tensor_names(linear, scheme)
         missing = [name for name in names if name not in tensors]
         if missing:
-            raise CheckpointError(
-                f"{linear}: the checkpoint lacks {listed(missing)}; it is not a whole awq checkpoint"
-            )
+            raise CheckpointError(f"{linear}: the checkpoint lacks {listed(missing)}; it is not a whole awq checkpoint")
         qweight, qzeros, scales = (tensors[name] for name in names)
         in_features, words = qweight.shape if qweight.dim() == 2 else (0, 0)
         group_size = scheme.columns(in_features)
@@ -145,14 +154,20 @@ class AwqFormat:
         symmetric = bool((group_zero == MIDDLE_CODE).all())
         return QuantizedWeight(codes, Grid(BITS, group_size, symmetric, scales.t().float().contiguous(), group_zero))
 
+    def linear_shape(self, linear: str, read: Callable[[str], Tensor], scheme: Scheme) -> tuple[int, int]:
+        """(out_features, in_features) of a quantized linear; read: a tensor by its name on disk."""
+        qweight, _, scales = self.tensor_names(linear, scheme)
+        if scheme.group_size == PER_CHANNEL:
+            return read(scales).shape[1], read(qweight).shape[0]
+        groups, out_features = read(scales).shape
+        return out_features, groups * scheme.group_size
+
     def is_symmetric(self, linears: Sequence[str], read: Callable[[str], Tensor], scheme: Scheme) -> bool:
         """Whether every zero point of a checkpoint is the middle code; read: a tensor by its name on disk."""
         zeros = (read(self.tensor_names(linear, scheme)[1]) for linear in linears)
         return all(bool((zero == MIDDLE_WORD).all()) for zero in zeros)
 
-    def quantization_config(
-        self, scheme: Scheme, kept: Sequence[str], all_linears: Sequence[str]
-    ) -> dict[str, Any]:
+    def quantization_config(self, scheme: Scheme, kept: Sequence[str], all_linears: Sequence[str]) -> dict[str, Any]:
         """The `quantization_config` of config.json.
 
         all_linears: full module paths. kept: those that are not quantized, also by their path on disk where

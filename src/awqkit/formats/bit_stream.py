@@ -85,5 +85,8 @@ def _refuse_words(words: Tensor, expected: int) -> None:
 
 
 def _resized(stream: Tensor, num_bytes: int) -> Tensor:
-    """Rows cut, or filled with 0, to `num_bytes`; contiguous."""
-    return torch.nn.functional.pad(stream, (0, num_bytes - stream.shape[1])).contiguous()
+    """Rows cut, or filled with 0, to `num_bytes`, in memory of their own that can be viewed as words."""
+    resized = torch.zeros(stream.shape[0], num_bytes, dtype=torch.uint8, device=stream.device)
+    kept = min(num_bytes, stream.shape[1])
+    resized[:, :kept] = stream[:, :kept]
+    return resized

@@ -1,18 +1,20 @@
-"""What a format must offer, the table of formats, and which of them a checkpoint is in.
+"""What a format must offer, the table of formats, and which of them a recipe asks for or a checkpoint is in.
 
 A new format is one file beside `awq.py` and one line in FORMATS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from awqkit.errors import CheckpointError
-from awqkit.formats.awq import AwqFormat, StoredConfig
+from awqkit.errors import CheckpointError, FormatError
+from awqkit.formats.awq import AwqFormat
+from awqkit.formats.compressed_tensors import CompressedTensorsFormat
+from awqkit.formats.scheme import Scheme, StoredConfig
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.recipe import Recipe
 
@@ -21,36 +23,56 @@ class Format(Protocol):
     """One layout of quantized linears on disk; `AwqFormat` documents each method. No files, no state."""
 
     name: str
-    group_sizes: tuple[int, ...]
 
-    def check(self, recipe: Recipe) -> None: ...
+    def title(self, scheme: Scheme) -> str: ...
+
+    def readers(self, scheme: Scheme) -> str: ...
+
+    def why_not(self, scheme: Scheme) -> str | None: ...
 
     def why_not_held(self, out_features: int, in_features: int, group_size: int) -> str | None: ...
 
-    def cautions(self, linears: Mapping[str, tuple[int, int]], group_size: int) -> list[str]: ...
+    def cautions(self, linears: Mapping[str, tuple[int, int]], scheme: Scheme) -> list[str]: ...
 
     def fused_partners(self, linears: Iterable[str]) -> list[tuple[str, ...]]: ...
 
-    def tensor_names(self, linear: str) -> tuple[str, ...]: ...
+    def tensor_names(self, linear: str, scheme: Scheme) -> tuple[str, ...]: ...
 
     def tensor_specs(
-        self, linear: str, out_features: int, in_features: int, group_size: int, stored_dtype: torch.dtype
+        self, linear: str, out_features: int, in_features: int, scheme: Scheme, stored_dtype: torch.dtype
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]: ...
 
-    def pack(self, linear: str, weight: QuantizedWeight, stored_dtype: torch.dtype) -> dict[str, Tensor]: ...
+    def pack(
+        self, linear: str, weight: QuantizedWeight, scheme: Scheme, stored_dtype: torch.dtype
+    ) -> dict[str, Tensor]: ...
 
-    def quantized_linears(self, tensor_names: Iterable[str]) -> list[str]: ...
+    def quantized_linears(self, tensor_names: Iterable[str], scheme: Scheme) -> list[str]: ...
 
-    def unpack(self, linear: str, tensors: Mapping[str, Tensor], config: StoredConfig) -> QuantizedWeight: ...
+    def unpack(self, linear: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight: ...
+
+    def linear_shape(self, linear: str, read: Callable[[str], Tensor], scheme: Scheme) -> tuple[int, int]: ...
+
+    def is_symmetric(self, linears: Sequence[str], read: Callable[[str], Tensor], scheme: Scheme) -> bool: ...
 
     def quantization_config(
-        self, bits: int, group_size: int, kept: Sequence[str], all_linears: Sequence[str]
+        self, scheme: Scheme, kept: Sequence[str], all_linears: Sequence[str]
     ) -> dict[str, Any]: ...
 
     def read_config(self, config: Mapping[str, Any]) -> StoredConfig: ...
 
 
-FORMATS: dict[str, Format] = {"awq": AwqFormat()}  # by Recipe.format, which is also the `quant_method` on disk
+# By Recipe.format, which is also the `quant_method` on disk.
+FORMATS: dict[str, Format] = {"awq": AwqFormat(), "compressed-tensors": CompressedTensorsFormat()}
+
+
+def format_for(recipe: Recipe) -> Format:
+    """The format that the recipe asks for. Raises FormatError where it cannot hold the recipe, naming one that can."""
+    scheme, chosen = Scheme.of(recipe), FORMATS[recipe.format]
+    reason = chosen.why_not(scheme)
+    if reason is None:
+        return chosen
+    others = [name for name, other in FORMATS.items() if other.why_not(scheme) is None]
+    raise FormatError(f"{reason}, use --format {others[0]}" if others else reason)
 
 
 def stored_format(config: Mapping[str, Any]) -> tuple[Format, StoredConfig] | None:

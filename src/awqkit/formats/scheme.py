@@ -69,7 +69,7 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class StoredConfig:
-    """What config.json says of the quantized linears. kept: entries of its list of linears that are not, as they are."""
+    """What config.json says of the quantized linears. kept: its list of those that are not quantized, as it is."""
 
     scheme: Scheme
     kept: tuple[str, ...]

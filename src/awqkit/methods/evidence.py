@@ -13,6 +13,8 @@ from awqkit.numerics.rounding_metric import RoundingMetric, energy_order, moment
 from awqkit.numerics.statistics import PairedStatistics, Statistics, cross_moment, second_moment
 from awqkit.recipe import AUTO
 
+UNCHECKED_STRENGTH = 0.5  # "auto" with no rows to choose on: what the presets take
+
 
 @dataclass(frozen=True, slots=True)
 class MetricChoices:
@@ -73,13 +75,14 @@ def original_evidence(statistics: Statistics, readers: Readers, choices: MetricC
 def propagated_evidence(
     paired: PairedStatistics, held_out: PairedStatistics | None, readers: Readers, choices: MetricChoices
 ) -> Evidence:
-    """From both streams. held_out: of other rows, needed where the strength is chosen ("auto")."""
+    """From both streams. held_out: of other rows, on which "auto" chooses the strength; without them it is a half."""
     moment = second_moment(paired.quantized)
     metric = _metric(moment, readers, choices)
     shift = correction(cross_moment(paired), metric)
     strength = choices.propagation
-    if strength == AUTO:
-        assert held_out is not None
+    if strength == AUTO and held_out is None:
+        strength = UNCHECKED_STRENGTH
+    elif strength == AUTO:
         strength = best_strength(
             readers.weights,
             readers.row_weight.split([len(weight) for weight in readers.weights]),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awqkit.decisions import AlphaSummary
+from awqkit.decisions import ALPHA_POINTS, AlphaSummary
 from awqkit.methods.evidence import Evidence, Readers
 from awqkit.methods.linear import QuantizedLinear, ScaledWeight, group_weights, plain_weight
 from awqkit.methods.plan import LinearPlan
@@ -22,6 +22,7 @@ from awqkit.numerics.channel_scale import (
     smooth_candidates,
     tied_mean,
 )
+from awqkit.numerics.histogram import counts_at
 from awqkit.numerics.output_error import weighted_error
 from awqkit.numerics.statistics import Statistics, second_moment
 
@@ -173,6 +174,7 @@ def _summary(tried: Sequence[Candidate], best: Tensor, per_channel: Tensor) -> A
         alpha_max=alphas[-1] if alphas else None,
         scale_min=float(per_channel.min()),
         scale_max=float(per_channel.max()),
+        counts=counts_at(torch.tensor(alphas), ALPHA_POINTS),
     )
 
 

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from awqkit.decisions import LinearDecision
+from awqkit.decisions import CLIP_POINTS, SALIENT_CHANNEL_SHARES, LinearDecision
 from awqkit.methods.evidence import Evidence
 from awqkit.methods.plan import LinearPlan
 from awqkit.methods.slots import CLIP, REFINEMENT, ROUNDING
 from awqkit.numerics.grid import QuantizedWeight, dequantize, split_groups
+from awqkit.numerics.histogram import counts_at
 from awqkit.numerics.output_error import diagonal_blocks, row_errors, weighted_error
 from awqkit.numerics.rounding import round_nearest, span_grid
 from awqkit.numerics.rounding_metric import RoundingMetric
+from awqkit.numerics.saliency import saliency_shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Rounded:
 
     quantized: QuantizedWeight
     clip_mean: float
+    clip_counts: tuple[int, ...] = ()
 
 
 Rounder = Callable[[ScaledWeight, Evidence, LinearPlan], Rounded]
@@ -98,13 +101,14 @@ def round_rows_alike(scaled: ScaledWeight, evidence: Evidence, plan: LinearPlan)
     """Clip, rounding and refinement by the plan; rows do not meet. The step that everything else is built around."""
     weight = scaled.weight
     metric = None if evidence.metric is None else evidence.metric.scaled(scaled.channel_scale)
-    ratio_low, ratio_high, clip_mean = None, None, 1.0
+    ratio_low, ratio_high, clip_mean, clip_counts = None, None, 1.0, ()
     clip = CLIP[plan.clip]
     if clip is not None:
         moment = evidence.moment / scaled.channel_scale.unsqueeze(0) / scaled.channel_scale.unsqueeze(1)
         grouped = split_groups(weight, plan.group_size)
         ratio_low, ratio_high = clip(grouped, group_weights(moment, metric, plan), **plan.grid_choices)
         clip_mean = float((ratio_low.mean() + ratio_high.mean()) / 2)
+        clip_counts = counts_at(torch.stack([ratio_low, ratio_high]), CLIP_POINTS)
     grid = span_grid(
         weight, group_size=plan.group_size, ratio_low=ratio_low, ratio_high=ratio_high, **plan.grid_choices
     )
@@ -112,7 +116,7 @@ def round_rows_alike(scaled: ScaledWeight, evidence: Evidence, plan: LinearPlan)
     for _ in range(plan.rounds):
         for step in plan.refinement:
             chosen = REFINEMENT[step](weight, chosen, metric, plan.stored_dtype)
-    return Rounded(chosen, clip_mean)
+    return Rounded(chosen, clip_mean, clip_counts)
 
 
 def quantize_linear(
@@ -171,5 +175,7 @@ def _decided(
         weight_error=float((restored - original).square().sum()) / size,
         clip_mean=chosen.clip_mean,
         fallback=fallback,
+        clip_counts=chosen.clip_counts,
+        saliency=() if moment is None else saliency_shares(plain_restored - original, moment, SALIENT_CHANNEL_SHARES),
     )
     return QuantizedLinear(plan, chosen.quantized, scaled.channel_scale, restored, decision)

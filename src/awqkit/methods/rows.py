@@ -61,4 +61,5 @@ def _joined(parts: list[Rounded], order: Tensor) -> Rounded:
     )
     codes = torch.cat([part.quantized.codes for part in parts])[back]
     clip_mean = sum(part.clip_mean * len(part.quantized.codes) for part in parts) / len(order)
-    return Rounded(QuantizedWeight(codes, joined), clip_mean)
+    clip_counts = tuple(map(sum, zip(*(part.clip_counts for part in parts), strict=True)))
+    return Rounded(QuantizedWeight(codes, joined), clip_mean, clip_counts)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from awqkit.numerics.grid import choose_scale_and_zero, group_range, merge_groups, rounding_error, split_groups
 from awqkit.numerics.output_error import group_row_errors, row_errors
-from awqkit.numerics.tiles import row_tiles
+from awqkit.numerics.tiles import row_tiles, tries_at_once
 
 ALPHAS = tuple(step / 20 for step in range(21))
 _SMALLEST_SHARE = 1e-9  # of the largest importance: keeps a dead channel's s finite
@@ -139,20 +139,22 @@ def rounding_errors(
     """
     grouped = split_groups(weight, group_size)
     groups = grouped.shape[0]
+    scales = torch.stack([candidate.channel_scale for candidate in tried]).reshape(-1, groups, 1, group_size)
     errors = torch.zeros(len(tried), groups if full_moment is None else 1, device=weight.device)
     for tile in row_tiles(grouped.shape, grouped.device):
         weights = grouped[:, tile].contiguous()
-        scaled, scratch = torch.empty_like(weights), torch.empty_like(weights)
-        for index, candidate in enumerate(tried):
-            scale = candidate.channel_scale.reshape(groups, 1, group_size)
-            torch.mul(weights, scale, out=scaled)
+        step = tries_at_once(weights)
+        for start in range(0, len(tried), step):
+            some = slice(start, start + step)
+            scaled = weights * scales[some]
             low, high = group_range(scaled)
             grid = choose_scale_and_zero(low, high, bits=bits, symmetric=symmetric, stored_dtype=stored_dtype)
-            error = rounding_error(scaled, *grid, bits, out=scratch).div_(scale)
+            error = rounding_error(scaled, *grid, bits).div_(scales[some])
             if full_moment is None:
-                errors[index] += group_row_errors(error, group_weights) @ row_weight[tile]
+                errors[some] += group_row_errors(error, group_weights) @ row_weight[tile]
             else:
-                errors[index, 0] += (row_errors(merge_groups(error), full_moment) * row_weight[tile]).sum()
+                for index, each in enumerate(error, start):
+                    errors[index, 0] += (row_errors(merge_groups(each), full_moment) * row_weight[tile]).sum()
     return errors
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from awqkit.numerics.grid import choose_scale_and_zero, group_range, rounding_error
 from awqkit.numerics.output_error import group_row_errors
-from awqkit.numerics.tiles import row_tiles
+from awqkit.numerics.tiles import row_tiles, tries_at_once
 
 NUM_STEPS = 20
 MIN_RATIO = 0.5
@@ -57,24 +57,28 @@ class _EndSearch:
         self.weights, self.group_weights = weights, group_weights
         self.bits, self.symmetric, self.stored_dtype = bits, symmetric, stored_dtype
         self.low, self.high = group_range(weights)
-        self.scratch = torch.empty_like(weights)
         self.ratio_low, self.ratio_high = torch.ones_like(self.low), torch.ones_like(self.high)
-        self.best = self._error(self.ratio_low, self.ratio_high)
+        self.best = self._error(self.ratio_low.unsqueeze(0), self.ratio_high.unsqueeze(0))[0]
 
     def sweep(self, *, move_low: bool, move_high: bool) -> None:
         """Try 20 ratios below 1 for the chosen ends, the other end held; keep what is better."""
-        start_low, start_high = self.ratio_low.clone(), self.ratio_high.clone()
-        for step in range(1, NUM_STEPS + 1):
-            ratio = 1.0 - (1.0 - MIN_RATIO) * step / NUM_STEPS
-            ratio_low = torch.full_like(start_low, ratio) if move_low else start_low
-            ratio_high = torch.full_like(start_high, ratio) if move_high else start_high
-            error = self._error(ratio_low, ratio_high)
+        start_low, start_high = self.ratio_low, self.ratio_high
+        ratios = [1.0 - (1.0 - MIN_RATIO) * step / NUM_STEPS for step in range(1, NUM_STEPS + 1)]
+        at_once = tries_at_once(self.weights)
+        for start in range(0, NUM_STEPS, at_once):
+            some = torch.tensor(ratios[start : start + at_once], device=start_low.device).reshape(-1, 1, 1)
+            some = some.expand(-1, *start_low.shape)
+            ratio_low = some if move_low else start_low.expand_as(some)
+            ratio_high = some if move_high else start_high.expand_as(some)
+            error, index = self._error(ratio_low, ratio_high).min(dim=0)
             better = error < self.best
             self.best = torch.where(better, error, self.best)
-            self.ratio_low = torch.where(better, ratio_low, self.ratio_low)
-            self.ratio_high = torch.where(better, ratio_high, self.ratio_high)
+            pick = index.unsqueeze(0)
+            self.ratio_low = torch.where(better, ratio_low.gather(0, pick)[0], self.ratio_low)
+            self.ratio_high = torch.where(better, ratio_high.gather(0, pick)[0], self.ratio_high)
 
     def _error(self, ratio_low: Tensor, ratio_high: Tensor) -> Tensor:
+        """The error under some pairs of ratios `[tries, groups, out]`, same shape."""
         group_scale, group_zero = choose_scale_and_zero(
             self.low * ratio_low,
             self.high * ratio_high,
@@ -82,5 +86,4 @@ class _EndSearch:
             symmetric=self.symmetric,
             stored_dtype=self.stored_dtype,
         )
-        error = rounding_error(self.weights, group_scale, group_zero, self.bits, out=self.scratch)
-        return group_row_errors(error, self.group_weights)
+        return group_row_errors(rounding_error(self.weights, group_scale, group_zero, self.bits), self.group_weights)

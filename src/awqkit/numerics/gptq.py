@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from awqkit.kernels.column_block import round_block
 from awqkit.numerics.grid import Grid, QuantizedWeight
 from awqkit.numerics.rounding_metric import RoundingMetric
 
@@ -26,18 +27,13 @@ def round_gptq(weight: Tensor, grid: Grid, metric: RoundingMetric) -> QuantizedW
     scale, zero = grid.group_scale.t()[group], grid.group_zero.t()[group]
     lowest, highest = -zero, float(2**grid.bits - 1) - zero
     steps = torch.empty_like(remaining)
-    diagonal = factor.diagonal().tolist()
-    for start in range(0, len(diagonal), COLUMN_BLOCK):
-        end = min(start + COLUMN_BLOCK, len(diagonal))
-        block, errors = remaining[start:end], torch.empty_like(remaining[start:end])
-        for j in range(start, end):
-            column = block[j - start]
-            step = torch.div(column, scale[j], out=steps[j]).round_()
-            torch.minimum(torch.maximum(step, lowest[j], out=step), highest[j], out=step)
-            error = torch.addcmul(column, step, scale[j], value=-1.0, out=errors[j - start]).div_(diagonal[j])
-            if j + 1 < end:
-                block[j - start + 1 :].addr_(factor[j, j + 1 : end], error, alpha=-1.0)
-        remaining[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1.0)
+    for start in range(0, len(order), COLUMN_BLOCK):
+        block = slice(start, start + COLUMN_BLOCK)
+        later = slice(start + COLUMN_BLOCK, None)
+        steps[block], errors = round_block(
+            remaining[block], scale[block], lowest[block], highest[block], factor[block, block]
+        )
+        remaining[later].addmm_(factor[block, later].t(), errors, alpha=-1.0)
     codes = torch.empty_like(weight, dtype=torch.uint8)
     codes[:, order] = steps.add_(zero).to(torch.uint8).t()
     return QuantizedWeight(codes, grid)

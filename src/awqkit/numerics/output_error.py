@@ -25,14 +25,14 @@ def row_errors(error: Tensor, moment: Tensor) -> Tensor:
 
 
 def group_row_errors(grouped_error: Tensor, group_weights: Tensor) -> Tensor:
-    """e_g H_gg e_gᵀ for every group and row, `[groups, out]`.
+    """e_g H_gg e_gᵀ for every group and row, `[..., groups, out]`.
 
-    grouped_error: `[groups, out, group_size]`. group_weights: `[groups, group_size, group_size]`, H's blocks, or
+    grouped_error: `[..., groups, out, group_size]`. group_weights: `[groups, group_size, group_size]`, H's blocks, or
     `[groups, group_size]`, a weight for each column's square (the conditional variance, say).
     """
     if group_weights.dim() == 2:
-        return torch.bmm(grouped_error.square(), group_weights.unsqueeze(-1)).squeeze(-1)
-    return torch.bmm(grouped_error, group_weights).mul_(grouped_error).sum(dim=-1)
+        return torch.matmul(grouped_error.square(), group_weights.unsqueeze(-1)).squeeze(-1)
+    return torch.matmul(grouped_error, group_weights).mul_(grouped_error).sum(dim=-1)
 
 
 def weighted_error(error: Tensor, moment: Tensor, row_weight: Tensor | None = None) -> float:

@@ -16,3 +16,8 @@ def row_tiles(grouped_shape: Sequence[int], device: torch.device) -> Iterator[sl
     step = max(1, budget // (groups * group_size))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def tries_at_once(tile: torch.Tensor) -> int:
+    """How many variants of `tile` fit into one batch: one on a CPU, whose cache the tile fills, many on a GPU."""
+    return max(1, _TILE_ELEMENTS["cuda" if tile.device.type == "cuda" else "cpu"] // tile.numel())

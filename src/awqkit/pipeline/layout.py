@@ -9,6 +9,7 @@ import torch
 from awqkit.checkpoint.header import TensorSpec
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.formats.format import Format
+from awqkit.formats.scheme import Scheme
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.plan import RunPlan
 
@@ -17,17 +18,21 @@ from awqkit.pipeline.plan import RunPlan
 class OutputLayout:
     """Every tensor of the source is accounted for: packed, kept, or dropped with a reason.
 
-    specs: the output's tensors in order. packed: disk name of a weight -> path of its linear on disk.
+    scheme: how every quantized linear is stored. specs: the output's tensors in order.
+    packed: disk name of a weight -> path of its linear on disk.
     kept: disk name -> dtype it is written in. dropped: disk name -> why.
     """
 
+    scheme: Scheme
     specs: tuple[TensorSpec, ...]
     packed: dict[str, str]
     kept: dict[str, torch.dtype]
     dropped: dict[str, str]
 
 
-def plan_output(checkpoint: Checkpoint, skeleton: Skeleton, plan: RunPlan, written: Format) -> OutputLayout:
+def plan_output(
+    checkpoint: Checkpoint, skeleton: Skeleton, plan: RunPlan, written: Format, scheme: Scheme
+) -> OutputLayout:
     """The output's tensors, in the order of the source's."""
     shapes = {}
     for block in plan.blocks:
@@ -44,10 +49,10 @@ def plan_output(checkpoint: Checkpoint, skeleton: Skeleton, plan: RunPlan, writt
             dropped[name] = f"tied to {duplicates[name]}"
         elif name in shapes:
             packed[name] = name.removesuffix(".weight")
-            parts = written.tensor_specs(packed[name], *shapes[name], plan.group_size, plan.stored_dtype)
+            parts = written.tensor_specs(packed[name], *shapes[name], scheme, plan.stored_dtype)
             specs += [TensorSpec(part, dtype, shape) for part, (dtype, shape) in parts.items()]
         else:
             dtype = checkpoint.dtype(name)
             kept[name] = plan.stored_dtype if name in parameters and dtype.is_floating_point else dtype
             specs.append(TensorSpec(name, kept[name], checkpoint.shape(name)))
-    return OutputLayout(tuple(specs), packed, kept, dropped)
+    return OutputLayout(scheme, tuple(specs), packed, kept, dropped)

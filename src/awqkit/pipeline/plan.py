@@ -18,7 +18,7 @@ from awqkit.model.causality import sees_later_tokens
 from awqkit.model.folds import discover
 from awqkit.model.skeleton import BlockCall, Skeleton, run_block
 from awqkit.model.structure import BlockStructure
-from awqkit.recipe import DEFAULT_GROUP_SIZES, Recipe
+from awqkit.recipe import DEFAULT_GROUP_SIZES, PER_CHANNEL, Recipe
 
 PROBE_TOKENS = 16
 PROBE_ROWS = 2  # for a proof the second row is the calibration's own hidden states
@@ -48,7 +48,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """All blocks, with the group size that was chosen and the dtype of everything that is not packed."""
+    """All blocks, with the group size that was chosen (−1: one group a row) and the dtype of what is not packed."""
 
     blocks: tuple[BlockPlan, ...]
     probe: Probe
@@ -147,13 +147,14 @@ def plan_run(
         plans = {}
         for view in structure.linears:
             name = f"{path}.{view.name}"
-            plans[view.name] = replace(general, name=name, shape=view.shape, keep=reasons.get(name))
+            columns = view.shape[1] if group_size == PER_CHANNEL else group_size
+            plans[view.name] = replace(general, name=name, shape=view.shape, group_size=columns, keep=reasons.get(name))
         blocks.append(BlockPlan(index, path, structure, plans))
     return RunPlan(tuple(blocks), probe, group_size, stored_dtype)
 
 
 def choose_group_size(asked: int | None, shapes: dict[str, tuple[int, int]]) -> int:
-    """The size asked for, or the largest of 128, 64, 32 that divides every input (32 where none does).
+    """The size asked for (−1: one group a row), or the largest of 128, 64, 32 that divides every input (else 32).
 
     Raises FormatError where the size asked for does not divide an input, naming it and the sizes that would.
     """
@@ -162,6 +163,8 @@ def choose_group_size(asked: int | None, shapes: dict[str, tuple[int, int]]) -> 
             if all(columns % size == 0 for _, columns in shapes.values()):
                 return size
         return DEFAULT_GROUP_SIZES[-1]
+    if asked == PER_CHANNEL:
+        return asked
     for name, (_, columns) in shapes.items():
         if columns % asked:
             fitting = [size for size in DEFAULT_GROUP_SIZES if all(k % size == 0 for _, k in shapes.values())]

@@ -141,7 +141,9 @@ def _write(job: Run, context: BlockContext, result: BlockResult, writer: Checkpo
         if disk is None or disk in job.layout.dropped:
             continue
         if name in quantized:
-            packed = job.written.pack(job.layout.packed[disk], quantized[name], job.plan.stored_dtype)
+            packed = job.written.pack(
+                job.layout.packed[disk], quantized[name], job.layout.scheme, job.plan.stored_dtype
+            )
             for part, tensor in packed.items():
                 writer.write(part, tensor.cpu())
         elif name in result.stored:

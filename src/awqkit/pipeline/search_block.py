@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from awqkit.decisions import FoldDecision
+from awqkit.decisions import LOG2_SCALE_POINTS, FoldDecision, ScaleSummary
 from awqkit.methods.evidence import Evidence, MetricChoices, Readers, original_evidence
 from awqkit.methods.fold import (
     ScaleChoices,
@@ -22,6 +22,7 @@ from awqkit.methods.linear import QuantizedLinear, ScaledWeight, quantize_linear
 from awqkit.methods.rows import sensitive_rounder
 from awqkit.model.producers import store_producer
 from awqkit.model.structure import Fold, LinearInput
+from awqkit.numerics.scale_summary import scale_summary
 from awqkit.numerics.statistics import Statistics
 from awqkit.pipeline.context import BlockContext
 from awqkit.recipe import Recipe
@@ -205,7 +206,10 @@ def _search(
     stored = store_producer(
         fold, context.parameters, found.per_channel, context.plan.stored_dtype, keeps_full_precision=keeps
     )
-    decision = FoldDecision(fold.label, fold.kind, fold.consumers, fold.num_channels, proof_error, alpha=found.alpha)
+    scale = ScaleSummary(**scale_summary(stored.channel_scale, LOG2_SCALE_POINTS)._asdict())
+    decision = FoldDecision(
+        fold.label, fold.kind, fold.consumers, fold.num_channels, proof_error, alpha=found.alpha, scale=scale
+    )
     return AppliedFold(fold, stored.channel_scale, stored.values, decision)
 
 

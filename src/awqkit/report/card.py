@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import textwrap
 
+from awqkit.formats.format import FORMATS
+from awqkit.formats.scheme import Scheme
+from awqkit.recipe import PER_CHANNEL
 from awqkit.report.report import Report
 
 
 def model_card(report: Report, source_card: str | None) -> str:
     """Markdown with a metadata header. source_card: the source's README, whose license line is kept, or None."""
     recipe = report.recipe
-    header = ["---", *_license_lines(source_card), f"base_model: {report.model}", "tags:", "- awq", "- awqkit", "---"]
+    written, scheme = FORMATS[recipe.format], Scheme.of(recipe, report.group_size)
+    tags = ["tags:", f"- {written.name}", "- awqkit"]
+    header = ["---", *_license_lines(source_card), f"base_model: {report.model}", *tags, "---"]
+    groups = "one a row" if report.group_size == PER_CHANNEL else report.group_size
     settings = {
-        "format": "AWQ (`gemm`)",
+        "format": written.title(scheme),
         "method": recipe.name,
-        "bits, group size": f"{recipe.bits}, {report.group_size}, {'symmetric' if recipe.symmetric else 'asymmetric'}",
+        "bits, group size": f"{recipe.bits}, {groups}, {'symmetric' if recipe.symmetric else 'asymmetric'}",
         "channel scale": recipe.channel_scale
         if recipe.channel_scale == "none"
         else f"{' + '.join(recipe.scale_families)}, importance {recipe.importance}, alpha per {recipe.alpha_search}",
@@ -43,17 +49,18 @@ def model_card(report: Report, source_card: str | None) -> str:
         "```",
         "",
         *(["## Cautions", "", *cautions, ""] if cautions else []),
+        "## Use",
+        "",
+        *textwrap.wrap(written.readers(scheme), _WIDTH, break_long_words=False),
         *_USE.splitlines(),
         "",
     ]
     return "\n".join(parts)
 
 
+_WIDTH = 118
 _USE = textwrap.dedent("""\
-    ## Use
-
-    vLLM and SGLang read this folder as it is (`vllm serve DIR`). transformers reads it with `gptqmodel` installed.
-    `awqkit.load(DIR)` gives a transformers model that needs neither. Every decision, with its errors, is in
+    `awqkit.load(DIR)` gives a transformers model that needs no other package. Every decision, with its errors, is in
     `awqkit.json`.""")
 
 

@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """The rows that may be compared: one text, one bit width. original: the unquantized model's perplexity, if known."""
+    """The rows that may be compared: one text, one bit width. original: the unquantized model's perplexity, or None."""
 
     text: str
     bits: int

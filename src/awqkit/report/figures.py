@@ -20,21 +20,6 @@ _ROW_PX, _AXES_PX = 30, 58
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """name: unique on the page. title: above the plot, may be empty. height_px: of the plot; its width is the page's."""
-
-    name: str
-    title: str
-    data: list[dict[str, Any]]
-    layout: dict[str, Any]
-    height_px: int
-
-    def to_json(self) -> dict[str, Any]:
-        """What `page.js` draws."""
-        return {"name": self.name, "data": self.data, "layout": {**self.layout, "height": self.height_px}}
-
-
-@dataclass(frozen=True, slots=True)
 class LegendEntry:
     """A name and the color that stands for it. outlined: a ring in place of a filled mark."""
 
@@ -43,13 +28,32 @@ class LegendEntry:
     outlined: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """name: unique on the page. title: above the plot, may be empty. height_px: the page sets the width.
+
+    legend: below the plot, for what only this figure shows.
+    """
+
+    name: str
+    title: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    height_px: int
+    legend: tuple[LegendEntry, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `page.js` draws."""
+        return {"name": self.name, "data": self.data, "layout": {**self.layout, "height": self.height_px}}
+
+
 def plot_text(text: object) -> str:
     """`text` for labels inside a plot, where plotly reads a little HTML."""
     return html.escape(str(text), quote=False)
 
 
 def layout(x: dict[str, Any], y: dict[str, Any], **rest: Any) -> dict[str, Any]:
-    """A plotly layout with axes `x` and `y`. Nothing in it zooms or drags, so that a finger scrolls the page."""
+    """A plotly layout; `x` and `y` are what `axis` takes. Nothing zooms or drags, so that a finger scrolls the page."""
     return {
         "font": {"family": _FONT, "size": 12, "color": "@ink"},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -91,7 +95,7 @@ def log_percent_axis(values: Iterable[float]) -> dict[str, Any]:
     """A logarithmic axis over all of `values` > 0, with ticks in percent."""
     positive = [value for value in values if value > 0] or [1.0]
     low, high = math.log10(min(positive)), math.log10(max(positive))
-    margin = max(0.06 * (high - low), 0.04)
+    margin = max(0.08 * (high - low), 0.04)  # so that no mark is cut
     low, high = low - margin, high + margin
     ticks = [
         mantissa * 10.0**power
@@ -102,13 +106,13 @@ def log_percent_axis(values: Iterable[float]) -> dict[str, Any]:
     if len(ticks) > _MOST_TICKS:
         whole = [tick for tick in ticks if math.isclose(math.log10(tick), round(math.log10(tick)))]
         ticks = whole[:: math.ceil(len(whole) / _MOST_TICKS)]
-    return {"type": "log", "range": [low, high], "tickvals": ticks, "ticktext": [percent(tick) for tick in ticks]}
+    return {"type": "log", "range": [low, high], "tickvals": ticks, "ticktext": [percent_label(tick) for tick in ticks]}
 
 
 def block_axis(num_blocks: int) -> dict[str, Any]:
     """An axis over the indices of blocks."""
     step = max(1, 5 * round(num_blocks / 25))
-    return {"title": "block", "grid": False, "range": [-0.6, num_blocks - 0.4], "tick0": 0, "dtick": step}
+    return {"title": "block", "grid": False, "range": [-0.9, num_blocks - 0.1], "tick0": 0, "dtick": step}
 
 
 def name_axis(labels: Sequence[str], size_px: int = 13) -> dict[str, Any]:
@@ -162,6 +166,16 @@ def percent(share: float | None, digits: int = 2) -> str:
     return "–" if share is None else f"{number(100 * share, digits)}\N{NO-BREAK SPACE}%"
 
 
+def percent_label(share: float) -> str:
+    """A round share for an axis or a legend: "0.1 %"."""
+    return f"{100 * share:g}\N{NO-BREAK SPACE}%"
+
+
+def percent_axis(title: str = "", **rest: Any) -> dict[str, Any]:
+    """An axis from 0 whose values are percent."""
+    return {"title": title, "ticksuffix": "\N{NO-BREAK SPACE}%", "rangemode": "tozero", **rest}
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number with so many significant digits, without an exponent where it can be read."""
     if value is None:
@@ -177,10 +191,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A duration: "4.2 s", "3 min 05 s", "2 h 10 min"."""
+    """A duration: "< 0.1 s", "4.2 s", "3 min 05 s", "2 h 10 min"."""
     if value is None:
         return "–"
     space = "\N{NO-BREAK SPACE}"
+    if value < 0.1:
+        return f"<{space}0.1{space}s"
     if value < 60:
         return f"{number(value, 2)}{space}s"
     if value < 3600:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from awqkit.decisions import BlockDecision, CalibrationSummary, FoldDecision, as_json
-from awqkit.recipe import Recipe
+from awqkit.recipe import PER_CHANNEL, Recipe
 
 SCHEMA = 1
 _SHOWN_REASONS = 5
@@ -89,9 +89,11 @@ class Report:
         linears = sum(len(block.linears) for block in self.blocks)
         kept = [keep for block in self.blocks for keep in block.kept]
         grid = "symmetric" if self.recipe.symmetric else "asymmetric"
+        groups = "one group a row" if self.group_size == PER_CHANNEL else f"groups of {self.group_size}"
+        inputs = "" if self.recipe.activations == "none" else f", inputs in {self.recipe.activations}"
         lines = [
             f"{linears} linears in {len(self.blocks)} blocks: {self.recipe.name}, {self.recipe.bits} bits, "
-            f"groups of {self.group_size}, {grid}, {self.bits_per_weight:.2f} bits per weight"
+            f"{groups}{inputs}, {grid}, {self.bits_per_weight:.2f} bits per weight"
         ]
         if kept:
             reasons = Counter(keep.reason for keep in kept)

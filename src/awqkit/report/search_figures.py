@@ -16,7 +16,8 @@ from awqkit.report.figures import (
     horizontal_bars,
     layout,
     name_axis,
-    percent,
+    percent_axis,
+    percent_label,
     plot_text,
     rows_px,
     seconds,
@@ -30,7 +31,7 @@ def scale_panels(rows: Sequence[ScaleRow]) -> list[Figure]:
     """For each type of fold how its channel scales are spread, on a logarithmic axis."""
     shown = [row for row in rows if sum(row.log2_counts)]
     used = [point for row in shown for point, count in zip(LOG2_SCALE_POINTS, row.log2_counts, strict=True) if count]
-    reach = max([1.0, *(abs(point) + 0.25 for point in used)])
+    reach = max([1.2, *(abs(point) + 0.25 for point in used)])
     octaves = range(-math.floor(reach), math.floor(reach) + 1)
     x = {
         "range": [-reach, reach],
@@ -44,7 +45,7 @@ def scale_panels(rows: Sequence[ScaleRow]) -> list[Figure]:
 
 def _scale_panel(name: str, title: str, row: ScaleRow, x: dict[str, Any]) -> Figure:
     total = sum(row.log2_counts)
-    shares = [count / total for count in row.log2_counts]
+    shares = [100 * count / total for count in row.log2_counts]
     trace = {
         "type": "bar",
         "x": list(LOG2_SCALE_POINTS),
@@ -52,14 +53,14 @@ def _scale_panel(name: str, title: str, row: ScaleRow, x: dict[str, Any]) -> Fig
         "marker": {"color": CHOSEN},
         "width": 0.105,
         "hovertext": [
-            f"s ≈ {2**point:.2f}<br>{percent(share)} of the channels"
+            f"s ≈ {2**point:.2f}<br>{share:.2g}\N{NO-BREAK SPACE}% of the channels"
             for point, share in zip(LOG2_SCALE_POINTS, shares, strict=True)
         ],
         "hoverinfo": "text",
     }
     identity = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper"}
     shapes = [{**identity, "line": {"color": "@muted", "width": 1, "dash": "dot"}}]
-    drawn = layout({**x, "title": "s"}, {"tickformat": ".0%", "nticks": 4}, shapes=shapes, barcornerradius=0)
+    drawn = layout({**x, "title": "s"}, percent_axis(nticks=4), shapes=shapes, barcornerradius=0)
     return Figure(name, title, [trace], drawn, _PANEL_PX)
 
 
@@ -83,7 +84,7 @@ def alpha_bars(rows: Sequence[AlphaRow]) -> Figure | None:
     ]
     x = {"title": "α", "range": [-0.04, 1.04], "dtick": 0.2, "grid": False}
     drawn = layout(x, {"title": "search units", "nticks": 5}, barmode="stack", barcornerradius=0)
-    return Figure("alpha", "α of the search units", data, drawn, _HISTOGRAM_PX)
+    return Figure("alpha", "α of the search units", data, drawn, _HISTOGRAM_PX, alpha_legend(rows))
 
 
 def fold_colors(rows: Sequence[AlphaRow]) -> list[str]:
@@ -102,23 +103,17 @@ def clip_bars(rows: Sequence[ClipRow]) -> Figure | None:
     counts = added(row.counts for row in rows)
     if not sum(counts):
         return None
-    shares = [count / sum(counts) for count in counts]
+    shares = [100 * count / sum(counts) for count in counts]
     trace = {
         "type": "bar",
-        "x": list(CLIP_POINTS),
+        "x": [100 * point for point in CLIP_POINTS],
         "y": shares,
         "marker": {"color": CHOSEN},
-        "width": 0.02,
-        "hovertemplate": "%{x:.1%} kept: %{y:.1%} of the ends<extra></extra>",
+        "width": 2,
+        "hovertemplate": "%{x:.1f} % kept: %{y:.2g} % of the ends<extra></extra>",
     }
-    x = {
-        "title": "share of the range that was kept",
-        "range": [0.48, 1.02],
-        "dtick": 0.1,
-        "tickformat": ".0%",
-        "grid": False,
-    }
-    drawn = layout(x, {"title": "ends of groups", "tickformat": ".0%", "nticks": 5}, barcornerradius=0)
+    x = percent_axis("share of the range that was kept", range=[48, 102], dtick=10, grid=False)
+    drawn = layout(x, percent_axis("ends of groups", nticks=5), barcornerradius=0)
     return Figure("clip", "Clip", [trace], drawn, _HISTOGRAM_PX)
 
 
@@ -132,14 +127,14 @@ def saliency_dots(by_type: Mapping[str, Sequence[tuple[float, float]]]) -> Figur
         {
             "type": "scatter",
             "mode": "lines",
-            "x": [share for share, _ in strokes],
+            "x": [share and 100 * share for share, _ in strokes],
             "y": [y for _, y in strokes],
             "line": {"color": "@line", "width": 2},
             "hoverinfo": "skip",
         }
     ]
     for index, (channels, _) in enumerate(rows[0]):
-        carried = [shares[index][1] for shares in rows]
+        carried = [100 * shares[index][1] for shares in rows]
         data.append(
             {
                 "type": "scatter",
@@ -148,13 +143,13 @@ def saliency_dots(by_type: Mapping[str, Sequence[tuple[float, float]]]) -> Figur
                 "y": list(range(len(labels))),
                 "marker": {"color": SALIENCY_COLORS[index], "size": 11, "line": {"color": "@page", "width": 1}},
                 "hovertext": [
-                    f"{plot_text(label)}<br>{percent(channels)} of the channels: {percent(share)} of the error"
+                    f"{plot_text(label)}<br>{percent_label(channels)} of the channels: {share:.2g} % of the error"
                     for label, share in zip(labels, carried, strict=True)
                 ],
                 "hoverinfo": "text",
             }
         )
-    x = {"title": "share of plain rounding's output error", "tickformat": ".0%", "rangemode": "tozero", "nticks": 6}
+    x = percent_axis("share of plain rounding's output error", nticks=6)
     return Figure("saliency", "", data, layout(x, name_axis(labels, 12)), rows_px(len(labels)))
 
 
