@@ -222,6 +222,12 @@ class TestRefusals:
         line = refused(place.out, "there", "--format", CT, code=1)
         assert "has no tensor 'model.layers.1.mlp.up_proj.scales'" in line
 
+    @pytest.mark.parametrize("text", ["{", "[]"])
+    def test_a_report_that_is_no_report(self, quantize, place, refused, text):
+        assert quantize(*PLAIN).code == 0
+        (place.out / "awqkit.json").write_text(text)
+        assert refused(place.out, "there", "--format", CT, code=1).startswith("out/awqkit.json: ")
+
     def test_no_quantized_tensor_at_all(self, place):
         block = {"quant_method": "awq", "bits": 4, "group_size": 32}
         change_config(place.model, quantization_config=block)

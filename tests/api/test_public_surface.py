@@ -11,7 +11,16 @@ import awqkit
 
 
 def test_the_public_names_are_these():
-    assert awqkit.__all__ == ["Recipe", "RunOptions", "__version__", "convert", "evaluate", "inspect", "load", "quantize"]
+    assert awqkit.__all__ == [
+        "Recipe",
+        "RunOptions",
+        "__version__",
+        "convert",
+        "evaluate",
+        "inspect",
+        "load",
+        "quantize",
+    ]
     for name in awqkit.__all__:
         assert getattr(awqkit, name) is not None
 

@@ -24,6 +24,8 @@ def test_the_integer_product_is_exact(columns: int) -> None:
     inputs = torch.randint(-128, 128, (2, 3, columns), generator=generator)
     weight = torch.randint(-128, 128, (5, columns), generator=generator)
     inputs[0, 0], weight[0] = -128, -128  # the largest sum there is
+    inputs[1] = torch.randint(115, 128, (3, columns), generator=generator)  # large sums that end in odd bits
+    weight[1] = torch.randint(115, 128, (columns,), generator=generator)
     found = int8_matmul(inputs.float(), weight.to(torch.int8))
     assert found.dtype == torch.float64
     assert torch.equal(found.long(), inputs @ weight.t())

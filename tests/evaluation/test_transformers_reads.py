@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_contexts import run_on, token_ids
-from tiny_models import tiny_model
+from tiny_models import FAMILIES, tiny_model
 from torch import Tensor, nn
 
 from awqkit import Recipe, load
@@ -46,8 +46,13 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2"])
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, -1), (3, 16), (2, 32), (8, 32), (8, -1)])
+@pytest.mark.parametrize(
+    ("family", "bits", "group_size"),
+    [
+        *((family, 4, 32) for family in FAMILIES),
+        *(("llama", *grid) for grid in [(4, -1), (3, 16), (2, 32), (8, 32), (8, -1)]),
+    ],
+)
 def test_symmetric_loads_by_default_and_computes_what_we_do(
     family: str, bits: int, group_size: int, tmp_path: Path
 ) -> None:

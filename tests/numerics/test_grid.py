@@ -135,14 +135,12 @@ def test_a_step_that_overflows_in_float16_is_the_largest_one() -> None:
 def test_the_searches_see_the_error_of_the_codes(bits: int, symmetric: bool) -> None:
     weight = _weight()
     grid = _grid(weight, bits, symmetric)
-    grouped, out = split_groups(weight, GROUP), torch.empty(3, 6, GROUP)
+    grouped = split_groups(weight, GROUP)
     saved = grouped.clone()
     error = rounding_error(grouped, grid.group_scale.t(), grid.group_zero.t(), bits)
     expected = weight - dequantize(nearest_codes(weight, grid), grid)
     torch.testing.assert_close(merge_groups(error), expected, rtol=0, atol=1e-6)
     assert torch.equal(grouped, saved)
-    assert rounding_error(grouped, grid.group_scale.t(), grid.group_zero.t(), bits, out=out) is out
-    assert torch.equal(out, error)
 
 
 def test_groups_split_and_merge() -> None:

@@ -19,6 +19,7 @@ from awqkit.checkpoint.header import TensorSpec
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.output import refuse_output
 from awqkit.checkpoint.reader import Checkpoint
+from awqkit.checkpoint.reports import REPORT_FILE, TIMINGS_FILE
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
 from awqkit.errors import CheckpointError, FormatError, UsageError
 from awqkit.events import Caution, Emit, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
@@ -28,8 +29,7 @@ from awqkit.model.skeleton import names_on_disk
 from awqkit.model.transformers_bridge import empty_model, load_config
 from awqkit.options import RunOptions
 
-_REPORT, _CARD = "awqkit.json", "README.md"
-_COPIED = ("awqkit-timings.json",)
+_CARD = "README.md"
 _TASK = "linear"
 
 
@@ -102,7 +102,7 @@ def convert(
     refuse_output(out, directory, options.overwrite)
     checkpoint = Checkpoint.open(directory)
     job, kept = _plan(checkpoint, FORMATS[format])
-    specs = job.specs()
+    specs, report = job.specs(), _read_report(directory)
     config = load_config(directory, trust_remote_code=options.trust_remote_code)
     settings = _quantization_config(job, kept, config, options.trust_remote_code)
     cautions = tuple(job.target.cautions(job.linears, job.written))
@@ -111,7 +111,7 @@ def convert(
     with CheckpointWriter(out, plan_layout(specs), options.overwrite) as writer:
         _write_tensors(job, writer, emit)
         writer.write_json("config.json", _config(checkpoint.config, settings))
-        _write_companions(job, writer, specs, cautions)
+        _write_companions(job, writer, specs, report, cautions)
         writer.commit()
     seconds = time.monotonic() - started
     return ConvertResult(out, job.source.name, job.target.name, len(job.linears), cautions, seconds)
@@ -188,17 +188,21 @@ def _config(config: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, An
 
 
 def _write_companions(
-    job: _Conversion, writer: CheckpointWriter, specs: list[TensorSpec], cautions: tuple[str, ...]
+    job: _Conversion,
+    writer: CheckpointWriter,
+    specs: list[TensorSpec],
+    report: dict[str, Any] | None,
+    cautions: tuple[str, ...],
 ) -> None:
     directory = job.checkpoint.directory
-    for name in (*job.checkpoint.other_files(), *_COPIED):
+    for name in (*job.checkpoint.other_files(), TIMINGS_FILE):
         if (directory / name).is_file():
             writer.copy_file(directory / name, name)
     if (directory / _CARD).is_file():
         card = (directory / _CARD).read_text(encoding="utf-8", errors="replace")
         writer.write_text(_CARD, f"{card.rstrip()}\n\n{_card_note(job)}")
-    if (directory / _REPORT).is_file():
-        writer.write_json(_REPORT, _report(job, specs, cautions))
+    if report is not None:
+        writer.write_json(REPORT_FILE, _carried_over(report, job, specs, cautions))
 
 
 def _card_note(job: _Conversion) -> str:
@@ -209,17 +213,26 @@ def _card_note(job: _Conversion) -> str:
     )
 
 
-def _report(job: _Conversion, specs: list[TensorSpec], cautions: tuple[str, ...]) -> dict[str, Any]:
-    """awqkit.json carried over: its format noted, and what depends on the format counted anew."""
-    from awqkit import __version__
-
-    file = job.checkpoint.directory / _REPORT
+def _read_report(directory: Path) -> dict[str, Any] | None:
+    """awqkit.json of any schema, or None where there is none. Raises CheckpointError where it is no JSON object."""
+    file = directory / REPORT_FILE
+    if not file.is_file():
+        return None
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); remove it, or quantize again") from error
     if not isinstance(report, dict):
         raise CheckpointError(f"{file}: holds no JSON object; remove it, or quantize again")
+    return report
+
+
+def _carried_over(
+    report: dict[str, Any], job: _Conversion, specs: list[TensorSpec], cautions: tuple[str, ...]
+) -> dict[str, Any]:
+    """awqkit.json with its format noted, and what depends on the format counted anew."""
+    from awqkit import __version__
+
     packed_bytes = sum(spec.num_bytes for spec in specs if spec.name not in job.checkpoint.tensors)
     weights = sum(rows * columns for rows, columns in job.linears.values())
     return {

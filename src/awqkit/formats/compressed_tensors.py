@@ -138,7 +138,7 @@ class CompressedTensorsFormat:
         parent covers no children. The output head is always listed, tied or not, as the target `Linear` includes it.
         Raises FormatError when parts of a fused unit disagree, or the head is quantized.
         """
-        kept_set = {*kept, OUTPUT_HEAD}
+        kept_set = set(kept)
         refuse_split(fused_units(all_linears), kept_set)
         if OUTPUT_HEAD in all_linears and OUTPUT_HEAD not in kept:
             raise FormatError(f"{OUTPUT_HEAD} is quantized, which this format is not written with: keep it (--ignore)")

@@ -1,8 +1,8 @@
 """Coordinate descent over codes: each column moved to the best grid value given all the others.
 
-    R = (Ŵ − W)(H + λ);   ŵ_j ← nearest grid value of ŵ_j − R_j / (H + λ)_jj
+    R = (Ŵ − W)H;   ŵ_j ← nearest grid value of ŵ_j − R_j / H_jj
 
-(CDQuant, Nair 2024, section 3; QuantEase, Behdin 2023, section 3.) The objective tr(E (H + λ) Eᵀ) is a parabola in each
+(CDQuant, Nair 2024, section 3; QuantEase, Behdin 2023, section 3.) The objective tr(E H Eᵀ) is a parabola in each
 weight, so the nearest grid value to its vertex is the best one and no step raises it. All rows move at once: rows do not
 meet in the objective.
 """
@@ -24,7 +24,7 @@ def descend(weight: Tensor, quantized: QuantizedWeight, metric: RoundingMetric) 
     group = order // grid.group_size
     scale, zero = grid.group_scale.t()[group], grid.group_zero.t()[group]
     lowest, highest = -zero, float(2**grid.bits - 1) - zero
-    moment = metric.damped[order][:, order]
+    moment = metric.refinement_moment[order][:, order]
     steps = quantized.codes.t()[order].to(torch.float32).sub_(zero)
     residual = moment @ (dequantize(quantized.codes, grid) - weight).t()[order]
     for start in range(0, len(order), COLUMN_BLOCK):

@@ -1,10 +1,10 @@
 """Refit of a grid to the codes that were chosen on it: least squares on each group's Δ, then on its zero point.
 
-    R = (Ŵ − W)(H + λ),  p = q − z of one row and group,  h = its block of H + λ
+    R = (Ŵ − W)H,  p = q − z of one row and group,  h = its block of H
     Δ ← Δ − (p · R_g) / (p h pᵀ)            the vertex of a parabola, rounded to the stored dtype
     z ← z + round((1 · R_g) / (Δ · 1 h 1ᵀ))  all weights of the group move by Δ; only where the grid has zero points
 
-Group after group, each seeing what the ones before it changed. A new value is taken only where tr(E (H + λ) Eᵀ) falls
+Group after group, each seeing what the ones before it changed. A new value is taken only where tr(E H Eᵀ) falls
 with the value as it will be stored.
 """
 
@@ -23,7 +23,7 @@ def refit(
     weight: Tensor, quantized: QuantizedWeight, metric: RoundingMetric, stored_dtype: torch.dtype
 ) -> QuantizedWeight:
     """The same codes on a grid whose Δ (and z, if asymmetric) fit them better. weight: float32 `[out, in]`."""
-    grid, moment = quantized.grid, metric.damped
+    grid, moment = quantized.grid, metric.refinement_moment
     group_scale, group_zero = grid.group_scale.t().clone(), grid.group_zero.t().clone()
     codes = quantized.codes.t().to(torch.float32)
     residual = moment @ (dequantize(quantized.codes, grid) - weight).t()

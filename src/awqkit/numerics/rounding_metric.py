@@ -21,6 +21,7 @@ from torch import Tensor
 
 _SMALLEST_SHARE = 1e-9  # of the mean diagonal: what a dead channel gets, so that H stays invertible
 _SMALLEST_RATIO = 1e-5  # where no damping was asked for and some is needed
+_REFINEMENT_SHARE = 1e-3
 _ESCALATION = 10.0
 _MAX_ATTEMPTS = 6
 
@@ -44,6 +45,15 @@ class RoundingMetric:
     def damped(self) -> Tensor:
         """H + λ, `[in, in]`."""
         return self.moment + torch.diag(self.damping)
+
+    @property
+    def refinement_moment(self) -> Tensor:
+        """H with a thousandth of λ, `[in, in]`: what descent and refit minimise.
+
+        GPTQ needs damping against what it cannot take back. Descent and refit can, and with all of λ they pull away from
+        what the calibration says (docs/log.md); the rest of λ keeps dead channels finite.
+        """
+        return self.moment + torch.diag(self.damping * _REFINEMENT_SHARE)
 
     @property
     def variance(self) -> Tensor:
@@ -129,4 +139,5 @@ def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | No
         return None
     identity = torch.eye(lower.shape[0], device=lower.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1) / size[order].unsqueeze(0)
+    # row-major: a solve on a GPU answers column-major, and kernels walk along rows
+    return (inverse.flip(0, 1) / size[order].unsqueeze(0)).contiguous()
