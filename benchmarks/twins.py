@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +56,7 @@ def main() -> None:
     add_arguments(parser, "twins", ["rtn", "gptq", "autoawq", "fast", "balanced"])
     args = parser.parse_args()
     conditions = open_conditions(args)
-    original = conditions.load(conditions.model)
+    original = conditions.reference(conditions.model)
     rows: list[dict[str, Any]] = []
     twins = []
     for seed in args.seeds:
@@ -66,10 +65,10 @@ def main() -> None:
                 continue
             found = measure(conditions, recipe_of(method, seed, args), seed, reference=original)
             rows.append(_say({"model": "original", "method": method, "seed": seed, **found}))
-        with tempfile.TemporaryDirectory() as scratch:
+        with conditions.scratch() as scratch:
             folder = Path(scratch) / "twin"
             changed = write_twin(conditions.model, folder, seed)
-            twin = conditions.load(folder)
+            twin = conditions.reference(folder)
             twins.append(_checked(seed, changed, logit_difference(original, twin, conditions)))
             for method in args.methods:
                 recipe = recipe_of(method, seed, args)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from bench import DATA, RESULTS, environment, save
-from conditions import METHODS, calibration_rows, settings_of, whole_text
+from conditions import METHODS, W8A8, calibration_rows, format_of, settings_of, whole_text
 from published import FULL_PRECISION, LLAMA2_7B, SOURCES, published_text
 from torch import Tensor
 
@@ -32,9 +32,8 @@ from awqkit.calibration.rows import cut_windows
 from awqkit.calibration.sources import Documents, read_documents
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.reader import Checkpoint
-from awqkit.errors import AwqkitError, CalibrationError, CheckpointError, FormatError
+from awqkit.errors import AwqkitError, CalibrationError, CheckpointError
 from awqkit.evaluation.load import load_checkpoint
-from awqkit.formats.format import FORMATS
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import TextEncoder, load_config, load_text_encoder
 
@@ -106,7 +105,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", help="a checkpoint folder or a hub id")
     parser.add_argument("--text", type=Path, help="a file with the joined test text (default: from the hub)")
     parser.add_argument("--calibration", help=".txt, .jsonl, builtin or a hub dataset (default: C4 from the hub)")
-    parser.add_argument("--methods", nargs="+", default=OWN_METHODS, choices=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=OWN_METHODS,
+        choices=[name for name in METHODS if name not in W8A8],
+        metavar="METHOD",
+    )
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--seq-len", type=int, default=SEQ_LEN)
     parser.add_argument("--windows", type=int, help="only the first so many windows")
@@ -226,8 +231,7 @@ def held_settings(widths: dict[str, int], notes: list[str]) -> list[tuple[Settin
 
 def recipe_for(method: str, setting: Setting, seed: int) -> Recipe:
     """The method at these bits and groups, in the format that holds them. Raises UsageError."""
-    written = "awq" if setting.bits == 4 else "compressed-tensors"
-    choices = {"bits": setting.bits, "group_size": setting.group_size, "format": written, "seed": seed}
+    choices = {"bits": setting.bits, "group_size": setting.group_size, "format": format_of(setting.bits), "seed": seed}
     return Recipe.from_choices({**METHODS[method], **choices})
 
 
@@ -242,8 +246,6 @@ def _measured(
     asked, run_as = map(str, setting)
     try:
         recipe = recipe_for(method, setting[1], args.seed)
-        if recipe.format not in FORMATS:
-            raise FormatError(f"{run_as} needs the format {recipe.format}; this awqkit writes {', '.join(FORMATS)}")
         with tempfile.TemporaryDirectory() as scratch:
             began = time.monotonic()
             options = RunOptions(device=args.device)

@@ -138,6 +138,19 @@ class BlockDecision:
 
 
 @dataclass(frozen=True, slots=True)
+class TuningDecision:
+    """Tuning of group scales and gains on the whole model.
+
+    held_out_kl_before, held_out_kl: nats per token on held-out rows, None without any. fallback: why it was undone.
+    """
+
+    epochs: int
+    held_out_kl_before: float | None
+    held_out_kl: float | None
+    fallback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationSummary:
     """Which text was read and how much of it was used; nothing is dropped in silence."""
 

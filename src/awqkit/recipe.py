@@ -65,7 +65,7 @@ _BALANCED: dict[str, Any] = {
 _PRESETS: dict[str, dict[str, Any]] = {
     "fast": _FAST,
     "balanced": _BALANCED,
-    "best": {**_BALANCED, "rounds": 4, "sensitivity": "end-loss"},
+    "best": {**_BALANCED, "rounds": 4, "sensitivity": "end-loss", "tuning_epochs": 4},
 }
 _TEXTBOOK: dict[str, Any] = {"channel_scale": "none", "clip": "none"}
 _METHODS: dict[str, dict[str, Any]] = {
@@ -110,6 +110,8 @@ class Recipe:
     propagation: how much of the correction for errors of earlier linears is made, 0 … 1, or "auto": per linear input,
         on rows held out.
     sensitivity: "none", or "end-loss": errors weighted by the gradients of the model's own loss, across rows and tokens.
+    tuning_epochs: passes over the calibration rows in which group scales and folded gains are tuned together on the
+        whole model's KL, 0 for none.
     dtype: the dtype of everything that is not packed; None keeps the source's, and turns float32 into bfloat16.
     ignore: globs on full module paths; a linear that matches stays in full precision.
     calibration: path of a .txt or .jsonl file, "builtin", or the name of a hub dataset.
@@ -136,6 +138,7 @@ class Recipe:
     rounds: int = 0
     propagation: float | str = 0.0
     sensitivity: str = "none"
+    tuning_epochs: int = 0
     format: str = "awq"
     dtype: str | None = None
     ignore: tuple[str, ...] = ()
@@ -158,6 +161,7 @@ class Recipe:
         if self.group_size is not None and self.group_size != PER_CHANNEL:
             _whole("group_size", self.group_size, 8, 1 << 20)
         _whole("rounds", self.rounds, 0, 64)
+        _whole("tuning_epochs", self.tuning_epochs, 0, 1000)
         _share("damp_ratio", self.damp_ratio)
         if self.smooth_alpha is not None:
             _share("smooth_alpha", self.smooth_alpha)
@@ -198,7 +202,7 @@ class Recipe:
         """Whether any choice looks at activations."""
         searches = self.channel_scale != "none" or self.clip != "none" or self.rounding != "nearest"
         refines = self.rounds > 0 and bool(self.refinement)
-        return searches or refines or self.propagates or self.sensitivity != "none"
+        return searches or refines or self.propagates or self.sensitivity != "none" or self.tuning_epochs > 0
 
     @property
     def propagates(self) -> bool:

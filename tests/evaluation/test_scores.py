@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_models import tiny_model, token_rows
 from torch import Tensor
 
-from awqkit.evaluation.divergence import same_top1, token_kl
+from awqkit.numerics.divergence import same_top1, token_kl
 from awqkit.evaluation.evaluate import Evaluation, evaluate_windows
 from awqkit.evaluation.perplexity import perplexity, token_losses
 

@@ -118,6 +118,7 @@ def quantize(
             versions=_versions(),
             calibration=None if rows is None else rows.summary,
             blocks=outcome.blocks,
+        tuning=outcome.tuning,
             source_bytes=checkpoint.total_bytes,
             written_bytes=sum(spec.num_bytes for spec in layout.specs),
             packed_bytes=sum(spec.num_bytes for spec in layout.specs if spec.name not in layout.kept),

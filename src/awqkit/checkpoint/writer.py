@@ -155,6 +155,16 @@ class CheckpointWriter:
             raise ValueError(
                 f"tensor {name!r} is " + ("written twice" if name in self._places else "not in the layout")
             )
+        self._put(name, tensor)
+        self._pending.remove(name)
+
+    def rewrite(self, name: str, tensor: Tensor) -> None:
+        """Puts `tensor` in the place of one that was written. Raises ValueError where none was."""
+        if name not in self._places or name in self._pending:
+            raise ValueError(f"tensor {name!r} was not written, so it cannot be written again")
+        self._put(name, tensor)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
         spec, file_name, offset = self._places[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise ValueError(
@@ -164,7 +174,6 @@ class CheckpointWriter:
         with disk_errors(self._out), (self.folder / file_name).open("r+b") as stream:
             stream.seek(offset)
             stream.write(memoryview(data))
-        self._pending.remove(name)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes `text` as file `name`, UTF-8 with plain newlines."""

@@ -29,12 +29,14 @@ class TokenRows:
 class HiddenStates:
     """What the next block reads: `[rows, tokens, width]` float32, visited batch by batch and overwritten in place.
 
-    batch_divisor: how much smaller than usual a batch is, where more than the block's own weights is in memory.
+    tokens_per_batch: how many tokens a batch holds at most (one row at least); None for as many as suit the device.
     """
 
-    def __init__(self, skeleton: Skeleton, rows: TokenRows, device: torch.device, *, batch_divisor: int = 1) -> None:
+    def __init__(
+        self, skeleton: Skeleton, rows: TokenRows, device: torch.device, *, tokens_per_batch: int | None = None
+    ) -> None:
         self._device, self._mask = device, rows.mask
-        self._batches = list(_batches(rows.ids.shape, device, batch_divisor))
+        self._batches = list(_batches(rows.ids.shape, tokens_per_batch or usual_tokens_per_batch(device)))
         self._calls: dict[object, tuple[BlockCall, ...]] = {}
         self._states: Tensor | None = None
         for part, started in zip(self._batches, skeleton.start(self._split(rows), device), strict=True):
@@ -70,14 +72,39 @@ class HiddenStates:
             mask = None if self._mask is None else self._mask[part].to(self._device)
             yield part, self._states[part].to(self._device), self._calls[self._key(part)][block], mask
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are handed out."""
+        return self._device
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches there are."""
+        return len(self._batches)
+
+    def batch(self, position: int) -> tuple[slice, Tensor, tuple[BlockCall, ...], Tensor | None]:
+        """Row slice, hidden states on the device, the arguments of all blocks, and the mask of one batch."""
+        part = self._batches[position]
+        mask = None if self._mask is None else self._mask[part].to(self._device)
+        return part, self._states[part].to(self._device), self._calls[self._key(part)], mask
+
+    def rows_of(self, part: slice) -> Tensor:
+        """The hidden states of some rows, on the device."""
+        return self._states[part].to(self._device)
+
     def write(self, part: slice, hidden: Tensor) -> None:
         """Put the block's output in the place of its input."""
         self._states[part] = hidden.to(self._states.device)
 
 
-def _batches(shape: torch.Size, device: torch.device, divisor: int) -> Iterator[slice]:
+def usual_tokens_per_batch(device: torch.device) -> int:
+    """How many tokens suit the device where only a block's own weights are in memory beside them."""
+    return _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
+
+
+def _batches(shape: torch.Size, tokens_per_batch: int) -> Iterator[slice]:
     rows, tokens = shape
-    step = max(1, _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"] // (divisor * tokens))
+    step = max(1, tokens_per_batch // tokens)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -10,7 +10,7 @@ store     the values of everything that goes to disk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +20,9 @@ from awqkit.decisions import BlockDecision, FoldDecision, KeptDecision
 from awqkit.methods.evidence import Evidence, propagated_evidence
 from awqkit.methods.linear import QuantizedLinear
 from awqkit.model.skeleton import run_block
-from awqkit.model.structure import LinearInput
+from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.grid import QuantizedWeight
+from awqkit.numerics.statistics import Statistics
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext, Stream, Streams
 from awqkit.pipeline.observe_block import (
@@ -43,7 +44,7 @@ from awqkit.pipeline.search_block import (
     readers_of,
 )
 from awqkit.pipeline.sensitivity import measure_sensitivity
-from awqkit.recipe import AUTO
+from awqkit.recipe import AUTO, Recipe
 
 Stage = Callable[[str], None]
 
@@ -61,87 +62,141 @@ class BlockResult:
     decision: BlockDecision
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the calibration rows say of a block; every recipe of one `sensitivity` can be applied to it.
+
+    row_weights: see `Measured`, empty where no recipe asks. token_weight: `[rows, tokens]` that the statistics were
+    taken with, or None. inputs: the rows' original stream at the block's input, if any recipe propagates.
+    """
+
+    statistics: Mapping[str, Statistics]
+    row_weights: Mapping[str, Tensor]
+    token_weight: Tensor | None
+    inputs: HiddenStates | None
+
+    def measured_for(self, recipe: Recipe) -> Measured:
+        """What a recipe gets of it: the same, whoever else asked for more."""
+        return Measured(self.statistics, self.row_weights if _weighs_rows(recipe) else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Proofs:
+    """Folds that are exact in a block, with the proof's error, and a Decision for each one refused."""
+
+    exact: tuple[tuple[Fold, float], ...] = ()
+    refused: tuple[FoldDecision, ...] = ()
+
+
 def quantize_block(context: BlockContext, streams: Streams | None, stage: Stage) -> BlockResult:
     """All steps for one block; without streams (a recipe that looks at no text) it is rounded plainly."""
     refuse_non_finite(context)
     if streams is None:
         stage("round")
-        return _result(context, choose_plainly(context, {}), [])
+        return round_block(context)[1]
     stage("prove")
-    searching = context.recipe.channel_scale != "none"
-    folds, refused = prove_folds(context, streams.probe) if searching else ([], [])
+    proofs = prove_block(context, streams.probe)
     stage("observe")
-    token_weight = None if streams.gradients is None else streams.gradients.token_weight(context.index)
-    inputs = streams.calibration.original.copy() if _needs_inputs_again(streams) else streams.calibration.original
-    measured = _measure(context, streams, inputs, token_weight)
-    originals = original_evidences(context, measured)
-    evidence_of = _evidence_of(context, streams, measured, originals, inputs, token_weight)
+    observed = observe_block(context, streams, (context.recipe,))
+    return quantize_observed(context, proofs, observed, streams.calibration.quantized, streams.held_out, stage)[1]
+
+
+def round_block(context: BlockContext) -> tuple[Choice, BlockResult]:
+    """The block plainly rounded, by a recipe that looks at no text."""
+    choice = choose_plainly(context, {})
+    return choice, _result(context, choice, ())
+
+
+def prove_block(context: BlockContext, probe: HiddenStates) -> Proofs:
+    """The folds that the recipe may use here; none where it searches no scales. probe: rows at the block's input."""
+    if context.recipe.channel_scale == "none":
+        return Proofs()
+    exact, refused = prove_folds(context, probe)
+    return Proofs(tuple(exact), tuple(refused))
+
+
+def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Recipe]) -> Observed:
+    """All that any of `recipes` asks for; calibration rows (original stream) and probe move on to the block's output.
+
+    The recipes differ in nothing that the measurement depends on: seed and sensitivity.
+    """
+    original, gradients, index = streams.calibration.original, streams.gradients, context.index
+    inputs = original.copy() if any(recipe.propagates for recipe in recipes) else None
+    row_weights: Mapping[str, Tensor] = {}
+    if gradients is not None:
+        row_weights = measure_sensitivity(context, original, gradients.at(index))
+        advance(context, streams.probe, {})
+    elif any(_weighs_rows(recipe) for recipe in recipes):
+        row_weights = measure_row_weights(context, streams.probe)
+    token_weight = None if gradients is None else gradients.token_weight(index)
+    return Observed(observe(context, original, token_weight), row_weights, token_weight, inputs)
+
+
+def _weighs_rows(recipe: Recipe) -> bool:
+    return recipe.sensitivity != "none" or recipe.channel_scale != "none" or recipe.column_order == "energy"
+
+
+def quantize_observed(
+    context: BlockContext,
+    proofs: Proofs,
+    observed: Observed,
+    quantized_stream: HiddenStates | None,
+    held_out: Stream | None,
+    stage: Stage,
+) -> tuple[Choice, BlockResult]:
+    """Search, check and advance: the choice, for whoever goes on computing with it, and what is stored of it.
+
+    quantized_stream: the calibration rows' where the recipe propagates. It and both of `held_out` move on to the
+    block's output.
+    """
     stage("search")
-    choice = choose(context, folds, measured, originals, evidence_of)
-    fallback, errors = None, None
-    if streams.held_out is not None:
+    measured = observed.measured_for(context.recipe)
+    originals = original_evidences(context, measured)
+    evidence_of = _evidence_of(context, observed, measured, originals, quantized_stream, held_out)
+    choice = choose(context, proofs.exact, measured, originals, evidence_of)
+    refused, fallback, errors = proofs.refused, None, None
+    if held_out is not None:
         stage("check")
         plain = choose_plainly(context, originals)
-        errors = held_out_errors(context, streams.held_out, (plain, choice))
+        errors = held_out_errors(context, held_out, (plain, choice))
         if errors[1] > errors[0]:
             fallback = (
                 f"held-out rows were worse than with plain rounding ({errors[1]:.3e} > {errors[0]:.3e}): "
                 "block rounded plainly"
             )
             undone = [replace(entry.decision, fallback=entry.decision.fallback or fallback) for entry in choice.folds]
-            choice, refused, errors = plain, [*refused, *undone], (errors[0], errors[0])
-    _advance_quantized(context, streams, choice, stage)
-    return _result(context, choice, refused, errors, fallback)
-
-
-def _measure(
-    context: BlockContext, streams: Streams, inputs: HiddenStates, token_weight: Tensor | None
-) -> Measured:
-    """Row weights and statistics; the original stream of the calibration rows moves on to the block's output."""
-    row_weights: Mapping[str, Tensor] = {}
-    if streams.gradients is not None:
-        row_weights = measure_sensitivity(context, inputs, streams.gradients.at(context.index))
-        advance(context, streams.probe, {})
-    elif context.recipe.channel_scale != "none" or context.recipe.column_order == "energy":
-        row_weights = measure_row_weights(context, streams.probe)
-    return Measured(observe(context, streams.calibration.original, token_weight), row_weights)
-
-
-def _needs_inputs_again(streams: Streams) -> bool:
-    return streams.calibration.quantized is not None
+            choice, refused, errors = plain, (*refused, *undone), (errors[0], errors[0])
+    stage("advance")
+    for stream in (quantized_stream, None if held_out is None else held_out.quantized):
+        if stream is not None:
+            advance(context, stream, choice.quantized)
+    return choice, _result(context, choice, refused, errors, fallback)
 
 
 def _evidence_of(
     context: BlockContext,
-    streams: Streams,
+    observed: Observed,
     measured: Measured,
     originals: Mapping[str, Evidence],
-    inputs: HiddenStates,
-    token_weight: Tensor | None,
+    quantized_stream: HiddenStates | None,
+    held_out: Stream | None,
 ) -> EvidenceOf:
     """Without propagation the original stream's evidence; with it both streams are run up to the input in question."""
-    quantized_stream = streams.calibration.quantized
     if quantized_stream is None:
         return lambda entry, quantized: originals[entry.first]
-    calibration = Stream(inputs, quantized_stream)
+    assert observed.inputs is not None
+    calibration = Stream(observed.inputs, quantized_stream)
 
     def evidence(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Evidence:
-        paired = observe_pair(context, calibration, entry, quantized, token_weight)
-        held_out = None
-        if context.recipe.propagation == AUTO and streams.held_out is not None:
-            held_out = observe_pair(context, streams.held_out, entry, quantized)
+        paired = observe_pair(context, calibration, entry, quantized, observed.token_weight)
+        checked = None
+        if context.recipe.propagation == AUTO and held_out is not None:
+            checked = observe_pair(context, held_out, entry, quantized)
         return propagated_evidence(
-            paired, held_out, readers_of(context, entry, measured), metric_choices(context.recipe)
+            paired, checked, readers_of(context, entry, measured), metric_choices(context.recipe)
         )
 
     return evidence
-
-
-def _advance_quantized(context: BlockContext, streams: Streams, choice: Choice, stage: Stage) -> None:
-    stage("advance")
-    for stream in (streams.calibration, streams.held_out):
-        if stream is not None and stream.quantized is not None:
-            advance(context, stream.quantized, choice.quantized)
 
 
 def held_out_errors(context: BlockContext, stream: Stream, choices: tuple[Choice, ...]) -> tuple[float, ...]:
@@ -169,7 +224,7 @@ def held_out_errors(context: BlockContext, stream: Stream, choices: tuple[Choice
 def _result(
     context: BlockContext,
     choice: Choice,
-    refused: list[FoldDecision],
+    refused: Sequence[FoldDecision],
     errors: tuple[float, ...] | None = None,
     fallback: str | None = None,
 ) -> BlockResult:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from awqkit.model.skeleton import Skeleton, run_block
-from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_per_batch
 
 _LARGEST_TOKEN_WEIGHT = 20.0  # times the mean: beyond it a few tokens would be all that counts
 
@@ -45,7 +45,8 @@ def measure_end_gradients(
 
     step(block): called after each block of both passes.
     """
-    states = HiddenStates(skeleton, rows, device, batch_divisor=_BATCH_DIVISOR)
+    tokens = usual_tokens_per_batch(device) // BATCH_DIVISOR
+    states = HiddenStates(skeleton, rows, device, tokens_per_batch=tokens)
     inputs = [_on_disk(states.shape, folder) for _ in range(skeleton.num_blocks)]
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index, device)
@@ -77,7 +78,7 @@ def measure_end_gradients(
     return EndGradients([*inputs[1:], last])
 
 
-_BATCH_DIVISOR = 2  # a backward pass keeps what a forward pass drops
+BATCH_DIVISOR = 2  # a backward pass keeps what a forward pass drops
 
 
 def _at_last_output(skeleton: Skeleton, rows: TokenRows, states: HiddenStates, device: torch.device, seed: int) -> None:

@@ -103,13 +103,38 @@ def plan_run(
     why_not_held: Callable[[int, int, int], str | None],
     fused_partners: Callable[[Sequence[str]], Sequence[Sequence[str]]],
 ) -> RunPlan:
-    """The plan for every linear of the model.
+    """The plan for every linear of the model, see `plan_linears`."""
+    return plan_linears(skeleton, look_at(skeleton, device), recipe, stored_dtype, why_not_held, fused_partners)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What every plan for a model starts from: a probe, and the structure of each block."""
+
+    probe: Probe
+    structures: tuple[BlockStructure, ...]
+
+
+def look_at(skeleton: Skeleton, device: torch.device) -> Found:
+    """What discovery finds in the model, whatever the recipe. Raises ModelError for one that is not understood."""
+    probe = make_probe(skeleton, device)
+    return Found(probe, tuple(discover_blocks(skeleton, probe, device)))
+
+
+def plan_linears(
+    skeleton: Skeleton,
+    found: Found,
+    recipe: Recipe,
+    stored_dtype: torch.dtype,
+    why_not_held: Callable[[int, int, int], str | None],
+    fused_partners: Callable[[Sequence[str]], Sequence[Sequence[str]]],
+) -> RunPlan:
+    """The plan for every linear of the model by one recipe.
 
     why_not_held(out, in, group_size), fused_partners(paths): what the format says. Raises UsageError where the group
     size that was asked for does not divide an input, and where nothing is left to quantize.
     """
-    probe = make_probe(skeleton, device)
-    structures = discover_blocks(skeleton, probe, device)
+    structures = found.structures
     views = [(skeleton.block_path(i), view) for i, structure in enumerate(structures) for view in structure.linears]
     shapes = {f"{path}.{view.name}": view.shape for path, view in views}
     wanted = {name: shape for name, shape in shapes.items() if not recipe.ignores(name)}
@@ -150,7 +175,7 @@ def plan_run(
             columns = view.shape[1] if group_size == PER_CHANNEL else group_size
             plans[view.name] = replace(general, name=name, shape=view.shape, group_size=columns, keep=reasons.get(name))
         blocks.append(BlockPlan(index, path, structure, plans))
-    return RunPlan(tuple(blocks), probe, group_size, stored_dtype)
+    return RunPlan(tuple(blocks), found.probe, group_size, stored_dtype)
 
 
 def choose_group_size(asked: int | None, shapes: dict[str, tuple[int, int]]) -> int:

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.checkpoint.writer import CheckpointWriter
-from awqkit.decisions import BlockDecision
+from awqkit.decisions import BlockDecision, TuningDecision
 from awqkit.errors import CheckpointError
 from awqkit.events import BlockFinished, Emit, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.formats.format import Format
 from awqkit.model.skeleton import Skeleton
-from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.numerics.grid import QuantizedWeight
+from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
-from awqkit.pipeline.context import BlockContext, Stream, Streams
-from awqkit.pipeline.end_gradients import measure_end_gradients
+from awqkit.pipeline.context import BlockContext, Streams
 from awqkit.pipeline.layout import OutputLayout
 from awqkit.pipeline.plan import RunPlan
+from awqkit.pipeline.stage_clock import StageClock
+from awqkit.pipeline.start_streams import start_streams
+from awqkit.pipeline.tune import TunableBlock
+from awqkit.pipeline.tuning_stage import finish_tuning, start_tuning, tunable_block
 from awqkit.recipe import Recipe
 
-_PROBE_ROWS = 2  # calibration rows that the row weights are measured on
-_CHECK_BATCH_DIVISOR = 4  # the check holds two more sets of the block's weights
-_BACKWARD_BATCH_DIVISOR = 2  # a backward pass keeps what a forward pass drops
 _TASK = "block"
 
 
@@ -47,25 +45,11 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The Decisions of all blocks, and the seconds that each stage took in sum."""
+    """The Decisions of all blocks and of tuning, and the seconds that each stage took in sum."""
 
     blocks: tuple[BlockDecision, ...]
+    tuning: TuningDecision | None
     seconds: dict[str, float]
-
-
-class StageClock:
-    """Adds up the wall time between stage names."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._stage, self._since = "", time.monotonic()
-
-    def enter(self, stage: str) -> None:
-        """The stage before this one is over."""
-        now = time.monotonic()
-        if self._stage:
-            self.seconds[self._stage] += now - self._since
-        self._stage, self._since = stage, now
 
 
 def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: CheckpointWriter, emit: Emit) -> Outcome:
@@ -82,8 +66,13 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
         if name not in in_blocks:
             _copy(job, name, writer)
     clock.enter("start")
-    streams = None if rows is None else _streams(job, rows, held_out, lambda index: None)
-    decisions = []
+    streams = None if rows is None else start_streams(
+        job.skeleton, job.recipe, rows, held_out, job.device, lambda index: None
+    )
+    start = None
+    if rows is not None and job.recipe.tuning_epochs > 0:
+        start = start_tuning(job.skeleton, rows, held_out, job.device)
+    decisions, tunable = [], []
     for index in range(num_blocks):
         started = time.monotonic()
 
@@ -91,34 +80,28 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
             clock.enter(name)
             emit(TaskAdvanced(_TASK, index, name))
 
-        result = _one_block(job, index, streams, stage, writer)
+        result, block = _one_block(job, index, streams, stage, writer)
         decisions.append(result.decision)
+        tunable.append(block)
         clock.enter("")
         emit(_finished(result.decision, num_blocks, time.monotonic() - started))
         emit(TaskAdvanced(_TASK, index + 1))
     emit(TaskFinished(_TASK))
-    return Outcome(tuple(decisions), {name: seconds for name, seconds in clock.seconds.items() if name})
-
-
-def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, step: Callable[[int], None]) -> Streams:
-    def stream(part: TokenRows, batch_divisor: int = 1) -> Stream:
-        original = HiddenStates(job.skeleton, part, job.device, batch_divisor=batch_divisor)
-        return Stream(original, original.copy() if job.recipe.propagates else None)
-
-    gradients = None
-    if job.recipe.sensitivity != "none":
-        gradients = measure_end_gradients(
-            job.skeleton, rows, job.device, job.recipe.seed, Path(tempfile.gettempdir()), step
+    tuning = None
+    if start is not None and streams is not None:
+        clock.enter("tune")
+        tuning, moved = finish_tuning(
+            job.skeleton, job.recipe, job.plan.stored_dtype, start, streams, tunable, emit
         )
-    return Streams(
-        calibration=stream(rows, _BACKWARD_BATCH_DIVISOR if gradients is not None else 1),
-        probe=HiddenStates(job.skeleton, rows.rows(slice(0, _PROBE_ROWS)), job.device),
-        held_out=None if held_out is None else stream(held_out, _CHECK_BATCH_DIVISOR),
-        gradients=gradients,
-    )
+        for index, (linears, gains) in enumerate(moved):
+            _rewrite(job, index, linears, gains, writer)
+        clock.enter("")
+    return Outcome(tuple(decisions), tuning, {name: seconds for name, seconds in clock.seconds.items() if name})
 
 
-def _one_block(job: Run, index: int, streams: Streams | None, stage: Stage, writer: CheckpointWriter) -> BlockResult:
+def _one_block(
+    job: Run, index: int, streams: Streams | None, stage: Stage, writer: CheckpointWriter
+) -> tuple[BlockResult, TunableBlock | None]:
     stage("read")
     block = job.skeleton.load_block(index, job.device)
     try:
@@ -127,9 +110,9 @@ def _one_block(job: Run, index: int, streams: Streams | None, stage: Stage, writ
         result = quantize_block(context, streams, stage)
         stage("write")
         _write(job, context, result, writer)
+        return result, tunable_block(context, result) if job.recipe.tuning_epochs > 0 else None
     finally:
         job.skeleton.release_block(index)
-    return result
 
 
 def _write(job: Run, context: BlockContext, result: BlockResult, writer: CheckpointWriter) -> None:
@@ -150,6 +133,25 @@ def _write(job: Run, context: BlockContext, result: BlockResult, writer: Checkpo
             writer.write(disk, result.stored[name].to(job.layout.kept[disk]).cpu())
         else:
             _copy(job, disk, writer)
+
+
+def _rewrite(
+    job: Run,
+    index: int,
+    linears: Mapping[str, QuantizedWeight],
+    gains: Mapping[str, torch.Tensor],
+    writer: CheckpointWriter,
+) -> None:
+    """Put what tuning moved in the place of what was written; both by parameter name inside the block."""
+    path = job.plan.blocks[index].path
+    for name, weight in linears.items():
+        disk = job.skeleton.disk_name(f"{path}.{name}")
+        packed = job.written.pack(job.layout.packed[disk], weight, job.layout.scheme, job.plan.stored_dtype)
+        for part, tensor in packed.items():
+            writer.rewrite(part, tensor.cpu())
+    for name, value in gains.items():
+        disk = job.skeleton.disk_name(f"{path}.{name}")
+        writer.rewrite(disk, value.to(job.layout.kept[disk]).cpu())
 
 
 def _copy(job: Run, name: str, writer: CheckpointWriter) -> None:

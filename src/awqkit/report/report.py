@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from awqkit.decisions import BlockDecision, CalibrationSummary, FoldDecision, as_json
+from awqkit.decisions import BlockDecision, CalibrationSummary, FoldDecision, TuningDecision, as_json
 from awqkit.recipe import PER_CHANNEL, Recipe
 
 SCHEMA = 1
@@ -38,6 +38,7 @@ class Report:
     quantized_weights: int
     dropped: dict[str, str]
     cautions: tuple[str, ...]
+    tuning: TuningDecision | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -52,7 +53,7 @@ class Report:
     @property
     def fallbacks(self) -> list[tuple[str, str]]:
         """(where, reason) of every choice that was undone or refused."""
-        found = []
+        found = [("tuning", self.tuning.fallback)] if self.tuning is not None and self.tuning.fallback else []
         for block in self.blocks:
             if block.fallback:
                 found.append((block.path, block.fallback))
@@ -115,6 +116,11 @@ class Report:
             plain = sum(block.held_out_error_nearest for block in held) / len(held)
             chosen = sum(block.held_out_error for block in held) / len(held)
             lines.append(f"mean block error on held-out rows: {plain:.5f} plainly rounded, {chosen:.5f} as written")
+        if self.tuning is not None and self.tuning.held_out_kl is not None:
+            lines.append(
+                f"KL on held-out rows: {self.tuning.held_out_kl_before:.5f} before tuning, "
+                f"{self.tuning.held_out_kl:.5f} after"
+            )
         return lines
 
     def _undone(self) -> list[str]:

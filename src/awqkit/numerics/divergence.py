@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def token_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference ‖ model) per position, nats, `[...]` float32; both logits `[..., vocabulary]`."""
+    """KL(reference ‖ model) per position, nats, `[...]` float32; both logits `[..., vocabulary]`; differentiable."""
     reference = reference_logits.float().log_softmax(dim=-1)
     return (reference.exp() * (reference - logits.float().log_softmax(dim=-1))).sum(dim=-1)
 

@@ -1,0 +1,42 @@
+"""What each part is worth: every part alone on plain rounding, and the presets with one part taken out or changed.
+
+The names are rows of `quality.py`. The same recipe under two names is measured once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+NO_D: dict[str, Any] = {"importance": "mean-abs", "error_weight": "moment"}
+WITHOUT: dict[str, dict[str, Any]] = {
+    "no-scales": {"channel_scale": "none"},
+    "no-clip": {"clip": "none"},
+    "no-d": NO_D,
+    "nearest": {"rounding": "nearest"},
+    "moment-order": {"column_order": "moment"},
+    "no-descent": {"refinement": ("refit",)},
+    "no-refit": {"refinement": ("descent",)},
+    "no-refinement": {"refinement": (), "rounds": 0},
+    "propagation-0": {"propagation": 0.0},
+    "propagation-auto": {"propagation": "auto"},
+}
+ALONE: dict[str, dict[str, Any]] = {
+    "scales": {"channel_scale": "search"},
+    "clip": {"clip": "ends"},
+    "gptq": {"rounding": "gptq"},
+    "gptq-moment-order": {"rounding": "gptq", "column_order": "moment"},
+    "descent": {"refinement": ("descent",), "rounds": 1},
+    "refit": {"refinement": ("refit",), "rounds": 1},
+    "propagation": {"propagation": 0.5},
+    "sensitivity": {"sensitivity": "end-loss"},
+}
+ABLATION: dict[str, dict[str, Any]] = {
+    **{f"only-{part}": {"method": "rtn", **change} for part, change in ALONE.items()},
+    "fast-d": {"quality": "fast", "importance": "conditional", "error_weight": "conditional"},
+    **{f"balanced-{part}": {"quality": "balanced", **change} for part, change in WITHOUT.items()},
+    **{f"balanced-propagation-{beta}": {"quality": "balanced", "propagation": beta} for beta in (0.25, 0.5, 0.75, 1.0)},
+    "balanced-mean-damping": {"quality": "balanced", "damping": "mean"},
+    "balanced-sensitivity": {"quality": "balanced", "sensitivity": "end-loss"},
+    "best-no-sensitivity": {"quality": "best", "sensitivity": "none"},
+    **{f"best-{part}": {"quality": "best", **change} for part, change in WITHOUT.items()},
+}

@@ -1,0 +1,62 @@
+"""What can still move once the codes are chosen: group scales and the gains that folds use, each by a factor near 1.
+
+    Δ' = Δ · e^θ,   γ' = γ · e^φ   (γ = 1 + w for a norm that multiplies by 1 + w)
+
+Factors, so that one learning rate fits groups and channels of any size. (EfficientQAT, Chen 2024, section 3.3, trains Δ
+end to end in the same way, not the gains.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from awqkit.numerics.grid import QuantizedWeight
+
+
+class TunableLinear:
+    """Codes with a group scale that a gradient can reach. log_change: θ `[out, groups]` float32, a leaf."""
+
+    def __init__(self, quantized: QuantizedWeight) -> None:
+        grid = quantized.grid
+        rows, columns = quantized.codes.shape
+        grouped = quantized.codes.reshape(rows, columns // grid.group_size, grid.group_size)
+        self._quantized = quantized
+        self._steps = (grouped.to(torch.float32) - grid.group_zero.unsqueeze(-1)).to(torch.int16)
+        self.log_change = torch.zeros_like(grid.group_scale, requires_grad=True)
+
+    def weight(self) -> Tensor:
+        """(q − z) Δ e^θ, `[out, in]` float32, differentiable in θ."""
+        scale = self._quantized.grid.group_scale * self.log_change.exp()
+        return (self._steps * scale.unsqueeze(-1)).reshape(self._quantized.codes.shape)
+
+    def finished(self, stored_dtype: torch.dtype) -> QuantizedWeight:
+        """The same codes with the group scales as they will be stored."""
+        grid = self._quantized.grid
+        scale = (grid.group_scale * self.log_change.detach().exp()).to(stored_dtype).to(torch.float32)
+        scale = torch.where((scale > 0) & scale.isfinite(), scale, grid.group_scale)
+        return replace(self._quantized, grid=replace(grid, group_scale=scale))
+
+
+@dataclass(frozen=True, slots=True)
+class TunableGain:
+    """A vector γ that multiplies. value: as stored, float32; offset: 1 where γ = 1 + value, else 0."""
+
+    value: Tensor
+    offset: float
+    log_change: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor, *, is_offset: bool) -> TunableGain:
+        """A gain that has not moved."""
+        return cls(value, 1.0 if is_offset else 0.0, torch.zeros_like(value, requires_grad=True))
+
+    def vector(self) -> Tensor:
+        """γ e^φ, less the 1 of an offset norm; differentiable in φ."""
+        return (self.value + self.offset) * self.log_change.exp() - self.offset
+
+    def finished(self, stored_dtype: torch.dtype) -> Tensor:
+        """The value as it will be stored, float32."""
+        return self.vector().detach().to(stored_dtype).to(torch.float32)

@@ -1,0 +1,298 @@
+"""Several recipes on one model in one pass over its blocks; nothing is written, and one block at a time has weights.
+
+Each block is read once and, for every kind of statistics, observed once on the original stream. Then each recipe
+quantizes it with streams of its own, and its evaluation rows move on through the block as it quantized it. After the last
+block these are what the output head reads. Recipes that tune go through all their blocks once more at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from awqkit.events import BlockFinished, Emit, TaskAdvanced, TaskFinished, TaskStarted
+from awqkit.methods.tuning import TunableGain, TunableLinear
+from awqkit.model.skeleton import Skeleton, run_block
+from awqkit.numerics.grid import QuantizedWeight
+from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.block_step import (
+    BlockResult,
+    Observed,
+    observe_block,
+    prove_block,
+    quantize_observed,
+    round_block,
+)
+from awqkit.pipeline.context import BlockContext, Stream, Streams
+from awqkit.pipeline.observe_block import refuse_non_finite
+from awqkit.pipeline.plan import RunPlan
+from awqkit.pipeline.quantized_block import advance
+from awqkit.pipeline.search_block import Choice
+from awqkit.pipeline.stage_clock import StageClock
+from awqkit.pipeline.start_streams import start_streams
+from awqkit.pipeline.tune import TunableBlock
+from awqkit.pipeline.tuning_stage import TuningStart, finish_tuning, start_tuning, tunable_block
+from awqkit.recipe import Recipe
+
+_TASK, _GRADIENT_TASK = "block", "gradient step"
+START, OBSERVE, EVALUATE = "start", "observe", "evaluate"  # stages that no contender has alone
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One recipe with its plan. label: unlike every other's."""
+
+    label: str
+    recipe: Recipe
+    plan: RunPlan
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRows:
+    """Token rows: for the statistics, for the check on held-out ones (both None where no recipe looks), to evaluate."""
+
+    calibration: TokenRows | None
+    held_out: TokenRows | None
+    evaluation: TokenRows
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The evaluation rows after the last block.
+
+    original: of the model as it is. reached: of each contender. seconds: each contender's own. shared_seconds: by
+    stage, what served several. num_fallbacks: how many choices of each contender were undone.
+    """
+
+    original: HiddenStates
+    reached: tuple[HiddenStates, ...]
+    seconds: tuple[float, ...]
+    shared_seconds: dict[str, float]
+    num_fallbacks: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A contender's way through the model. streams: its kind's, None without calibration.
+
+    calibration, held_out: its quantized streams, None where it does not propagate. blocks: as quantized so far, where it
+    tunes afterwards.
+    """
+
+    contender: Contender
+    evaluation: HiddenStates
+    streams: Streams | None
+    calibration: HiddenStates | None = None
+    held_out: HiddenStates | None = None
+    blocks: list[TunableBlock] = field(default_factory=list)
+    num_fallbacks: int = 0
+
+    @property
+    def tunes(self) -> bool:
+        return self.streams is not None and self.contender.recipe.tuning_epochs > 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """What the whole pass shares. streams: by the recipes' sensitivity."""
+
+    skeleton: Skeleton
+    device: torch.device
+    lanes: tuple[_Lane, ...]
+    streams: Mapping[str, Streams]
+    original: HiddenStates
+    tuning: TuningStart | None
+    clock: StageClock
+
+
+def compare_recipes(
+    skeleton: Skeleton, contenders: Sequence[Contender], rows: CompareRows, device: torch.device, emit: Emit
+) -> Compared:
+    """Take the evaluation rows through the model as it is, and as each contender quantizes it.
+
+    The contenders agree in seed and in what `plan_linears` started from. Raises CheckpointError where a tensor of a block
+    holds NaN or inf.
+    """
+    clock = StageClock()
+    clock.enter(START)
+    course = _course(skeleton, contenders, rows, device, clock, emit)
+    emit(TaskStarted(_TASK, skeleton.num_blocks))
+    for index in range(skeleton.num_blocks):
+        started, before = time.monotonic(), sum(lane.num_fallbacks for lane in course.lanes)
+        clock.enter(OBSERVE)
+        block = skeleton.load_block(index, device)
+        try:
+            _one_block(course, block, index, lambda detail, index=index: emit(TaskAdvanced(_TASK, index, detail)))
+        finally:
+            skeleton.release_block(index)
+        undone = sum(lane.num_fallbacks for lane in course.lanes) - before
+        emit(BlockFinished(index, skeleton.num_blocks, time.monotonic() - started, None, None, undone))
+        emit(TaskAdvanced(_TASK, index + 1))
+    emit(TaskFinished(_TASK))
+    for lane in course.lanes:
+        if lane.tunes:
+            _tune(course, lane, emit)
+    clock.enter("")
+    own = {lane.contender.label for lane in course.lanes}
+    return Compared(
+        course.original,
+        tuple(lane.evaluation for lane in course.lanes),
+        tuple(clock.seconds[lane.contender.label] for lane in course.lanes),
+        {stage: seconds for stage, seconds in clock.seconds.items() if stage not in own},
+        tuple(lane.num_fallbacks for lane in course.lanes),
+    )
+
+
+def _course(
+    skeleton: Skeleton,
+    contenders: Sequence[Contender],
+    rows: CompareRows,
+    device: torch.device,
+    clock: StageClock,
+    emit: Emit,
+) -> _Course:
+    streams: dict[str, Streams] = {}
+    for recipe in (contender.recipe for contender in contenders):
+        if recipe.needs_calibration and recipe.sensitivity not in streams:
+            assert rows.calibration is not None
+            streams[recipe.sensitivity] = _shared_streams(skeleton, recipe, rows, device, clock, emit)
+    original = HiddenStates(skeleton, rows.evaluation, device)
+    lanes = tuple(_lane(contender, streams, original) for contender in contenders)
+    tuning = None
+    if any(lane.tunes for lane in lanes):
+        tuning = start_tuning(skeleton, rows.calibration, rows.held_out, device)
+    return _Course(skeleton, device, lanes, streams, original, tuning, clock)
+
+
+def _shared_streams(
+    skeleton: Skeleton, recipe: Recipe, rows: CompareRows, device: torch.device, clock: StageClock, emit: Emit
+) -> Streams:
+    """The original streams for all recipes of this one's sensitivity; quantized ones belong to the lanes."""
+    alone = replace(recipe, propagation=0.0)
+    if recipe.sensitivity == "none":
+        return start_streams(skeleton, alone, rows.calibration, rows.held_out, device, lambda index: None)
+    steps = 2 * skeleton.num_blocks  # there and back
+    done = 0
+
+    def step(index: int) -> None:
+        nonlocal done
+        done += 1
+        emit(TaskAdvanced(_GRADIENT_TASK, done))
+
+    clock.enter(recipe.sensitivity)
+    emit(TaskStarted(_GRADIENT_TASK, steps))
+    streams = start_streams(skeleton, alone, rows.calibration, rows.held_out, device, step)
+    emit(TaskFinished(_GRADIENT_TASK))
+    clock.enter(START)
+    return streams
+
+
+def _lane(contender: Contender, streams: Mapping[str, Streams], original: HiddenStates) -> _Lane:
+    recipe = contender.recipe
+    if not recipe.needs_calibration:
+        return _Lane(contender, original.copy(), None)
+    shared = streams[recipe.sensitivity]
+    lane = _Lane(contender, original.copy(), shared)
+    if recipe.propagates:
+        lane.calibration = shared.calibration.original.copy()
+        lane.held_out = None if shared.held_out is None else shared.held_out.original.copy()
+    return lane
+
+
+def _one_block(course: _Course, block: nn.Module, index: int, tell: Callable[[str], None]) -> None:
+    """Every stream, of every lane, moves on to the block's output."""
+    parameters = {name: value.data for name, value in block.named_parameters()}
+    contexts = []
+    for lane in course.lanes:
+        plan, recipe = lane.contender.plan, lane.contender.recipe
+        contexts.append(BlockContext(course.skeleton, plan, plan.blocks[index], recipe, block, parameters))
+    refuse_non_finite(contexts[0])
+    tell("observe")
+    proofs = [
+        None if lane.streams is None else prove_block(context, lane.streams.probe)
+        for lane, context in zip(course.lanes, contexts, strict=True)
+    ]
+    observed: dict[str, Observed] = {}
+    for kind, streams in course.streams.items():
+        of_kind = [context for context in contexts if _is_of_kind(context.recipe, kind)]
+        observed[kind] = observe_block(of_kind[0], streams, [context.recipe for context in of_kind])
+    for lane, context, proof in zip(course.lanes, contexts, proofs, strict=True):
+        course.clock.enter(lane.contender.label)
+        if proof is None:
+            tell(f"{lane.contender.label}: round")
+            choice, result = round_block(context)
+        else:
+            choice, result = quantize_observed(
+                context,
+                proof,
+                observed[context.recipe.sensitivity],
+                lane.calibration,
+                _held_out(lane),
+                lambda stage, label=lane.contender.label: tell(f"{label}: {stage}"),
+            )
+        _take(course, lane, context, choice, result)
+    for states in (course.original, *(each.held_out.original for each in course.streams.values() if each.held_out)):
+        _run_original(block, index, states)
+
+
+def _is_of_kind(recipe: Recipe, kind: str) -> bool:
+    return recipe.needs_calibration and recipe.sensitivity == kind
+
+
+def _held_out(lane: _Lane) -> Stream | None:
+    """A copy for the check, which moves it, as every other lane's check does with its own."""
+    if lane.streams is None or lane.streams.held_out is None:
+        return None
+    return Stream(lane.streams.held_out.original.copy(), lane.held_out)
+
+
+def _take(course: _Course, lane: _Lane, context: BlockContext, choice: Choice, result: BlockResult) -> None:
+    """The lane goes on with the block as it was quantized; where it tunes, its evaluation rows wait for that."""
+    lane.num_fallbacks += result.decision.num_fallbacks
+    if lane.tunes:
+        lane.blocks.append(tunable_block(context, result))
+        return
+    course.clock.enter(EVALUATE)
+    advance(context, lane.evaluation, choice.quantized)
+
+
+def _run_original(block: nn.Module, index: int, states: HiddenStates) -> None:
+    with torch.no_grad():
+        for part, hidden, call, _ in states.batches(index):
+            states.write(part, run_block(block, hidden, call))
+
+
+def _tune(course: _Course, lane: _Lane, emit: Emit) -> None:
+    """Tune the lane's blocks together and take its evaluation rows through them."""
+    contender = lane.contender
+    course.clock.enter(contender.label)
+    assert course.tuning is not None and lane.streams is not None
+    decision, moved = finish_tuning(
+        course.skeleton,
+        contender.recipe,
+        contender.plan.stored_dtype,
+        course.tuning,
+        lane.streams,
+        lane.blocks,
+        emit,
+    )
+    lane.num_fallbacks += decision.fallback is not None
+    course.clock.enter(EVALUATE)
+    with torch.no_grad():
+        for index, block in enumerate(_as_tuned(lane.blocks, moved)):
+            for part, hidden, call, _ in lane.evaluation.batches(index):
+                lane.evaluation.write(part, block(hidden, call))
+
+
+def _as_tuned(
+    blocks: Sequence[TunableBlock], moved: Sequence[tuple[Mapping[str, QuantizedWeight], Mapping[str, Tensor]]]
+) -> Iterator[TunableBlock]:
+    """The blocks with what moved rounded as it is stored; what did not move is as it was."""
+    for block, (weights, gains) in zip(blocks, moved, strict=True):
+        linears = {name: TunableLinear(weight) for name, weight in weights.items()}
+        vectors = {name: TunableGain.of(value, is_offset=False) for name, value in gains.items()}
+        yield TunableBlock(block.module, {**block.linears, **linears}, {**block.gains, **vectors}, block.fixed)

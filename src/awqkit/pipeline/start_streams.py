@@ -1,0 +1,44 @@
+"""The streams of hidden states before the first block, in batches that suit what will be done with them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from awqkit.model.skeleton import Skeleton
+from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_per_batch
+from awqkit.pipeline.context import Stream, Streams
+from awqkit.pipeline.end_gradients import BATCH_DIVISOR, measure_end_gradients
+from awqkit.recipe import Recipe
+
+_PROBE_ROWS = 2  # calibration rows that the row weights are measured on
+_CHECK_BATCH_DIVISOR = 4  # the check holds two more sets of the block's weights
+
+
+def start_streams(
+    skeleton: Skeleton,
+    recipe: Recipe,
+    rows: TokenRows,
+    held_out: TokenRows | None,
+    device: torch.device,
+    step: Callable[[int], None],
+) -> Streams:
+    """All streams that the recipe needs. step(block): called after each block of the pass for end-loss gradients."""
+
+    def stream(part: TokenRows, batch_divisor: int = 1) -> Stream:
+        tokens = usual_tokens_per_batch(device) // batch_divisor
+        original = HiddenStates(skeleton, part, device, tokens_per_batch=tokens)
+        return Stream(original, original.copy() if recipe.propagates else None)
+
+    gradients = None
+    if recipe.sensitivity != "none":
+        gradients = measure_end_gradients(skeleton, rows, device, recipe.seed, Path(tempfile.gettempdir()), step)
+    return Streams(
+        calibration=stream(rows, BATCH_DIVISOR if gradients is not None else 1),
+        probe=HiddenStates(skeleton, rows.rows(slice(0, _PROBE_ROWS)), device),
+        held_out=None if held_out is None else stream(held_out, _CHECK_BATCH_DIVISOR),
+        gradients=gradients,
+    )

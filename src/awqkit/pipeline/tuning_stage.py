@@ -1,0 +1,114 @@
+"""The stage after the last block: the blocks as they were quantized, tuned together and written again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awqkit.decisions import TuningDecision
+from awqkit.events import Emit, TaskAdvanced, TaskFinished, TaskStarted
+from awqkit.methods.tuning import TunableGain, TunableLinear
+from awqkit.model.skeleton import Skeleton
+from awqkit.model.structure import BlockStructure
+from awqkit.numerics.grid import QuantizedWeight
+from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.block_step import BlockResult
+from awqkit.pipeline.context import BlockContext, Streams
+from awqkit.pipeline.tune import TunableBlock, TuningRows, tune
+from awqkit.recipe import Recipe
+
+TOKENS_PER_STEP = 4096  # eight rows of 512: more steps an epoch than with the batches of the statistics
+_TASK = "tune"
+
+
+@dataclass(frozen=True, slots=True)
+class TuningStart:
+    """The first block's inputs, taken before the block loop overwrites them."""
+
+    calibration: HiddenStates
+    held_out: HiddenStates | None
+    rows: TokenRows
+    held_out_rows: TokenRows | None
+
+
+def start_tuning(
+    skeleton: Skeleton, rows: TokenRows, held_out: TokenRows | None, device: torch.device
+) -> TuningStart:
+    """The rows in the batches that tuning steps through."""
+
+    def states(part: TokenRows) -> HiddenStates:
+        return HiddenStates(skeleton, part, device, tokens_per_batch=TOKENS_PER_STEP)
+
+    return TuningStart(states(rows), None if held_out is None else states(held_out), rows, held_out)
+
+
+def tunable_block(context: BlockContext, result: BlockResult) -> TunableBlock:
+    """A block as it was just quantized, on its device, holding nothing of the original's linear weights."""
+    structure = context.structure
+    linears = {structure.linear(name).weight: TunableLinear(weight) for name, weight in result.quantized.items()}
+    stored = {**context.parameters, **dict(context.block.named_buffers()), **result.stored}
+    gains = {
+        name: TunableGain.of(stored[name], is_offset=is_offset) for name, is_offset in _gain_vectors(structure).items()
+    }
+    fixed = {name: value for name, value in stored.items() if name not in linears and name not in gains}
+    return TunableBlock(context.block, linears, gains, fixed)
+
+
+def _gain_vectors(structure: BlockStructure) -> Mapping[str, bool]:
+    """Names of the vectors that multiply a linear's input, by what discovery proved; True where as 1 + w."""
+    found = {}
+    for fold in structure.folds:
+        if fold.offset is not None:
+            found[fold.offset] = True
+        elif fold.kind == "norm":
+            found[fold.producer[0]] = False
+    return found
+
+
+def finish_tuning(
+    skeleton: Skeleton,
+    recipe: Recipe,
+    stored_dtype: torch.dtype,
+    start: TuningStart,
+    streams: Streams,
+    blocks: Sequence[TunableBlock],
+    emit: Emit,
+) -> tuple[TuningDecision, list[tuple[Mapping[str, QuantizedWeight], Mapping[str, Tensor]]]]:
+    """Tune, and return per block the moved linears and gains by parameter name (nothing where it was no help).
+
+    streams: at the last block's output.
+    """
+    emit(TaskStarted(_TASK, 1))
+
+    def step(done: int, total: int) -> None:
+        emit(TaskAdvanced(_TASK, done / total, f"step {done} of {total}"))
+
+    held_out = None
+    if start.held_out is not None and streams.held_out is not None and start.held_out_rows is not None:
+        held_out = TuningRows(start.held_out_rows, start.held_out, streams.held_out.original)
+    before, after = tune(
+        skeleton,
+        blocks,
+        TuningRows(start.rows, start.calibration, streams.calibration.original),
+        held_out,
+        epochs=recipe.tuning_epochs,
+        seed=recipe.seed,
+        device=start.calibration.device,
+        step=step,
+    )
+    emit(TaskFinished(_TASK))
+    fallback = None
+    if before is not None and after is not None and not after < before:
+        fallback = f"held-out KL was no better after tuning ({after:.4e}, {before:.4e} before): scales left as they were"
+        return TuningDecision(recipe.tuning_epochs, before, after, fallback), [({}, {}) for _ in blocks]
+    moved = [
+        (
+            {name: linear.finished(stored_dtype) for name, linear in block.linears.items()},
+            {name: gain.finished(stored_dtype) for name, gain in block.gains.items()},
+        )
+        for block in blocks
+    ]
+    return TuningDecision(recipe.tuning_epochs, before, after, fallback), moved
