@@ -102,16 +102,11 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    weight_only = [name for name in METHODS if name not in W8A8]
     parser.add_argument("model", help="a checkpoint folder or a hub id")
     parser.add_argument("--text", type=Path, help="a file with the joined test text (default: from the hub)")
     parser.add_argument("--calibration", help=".txt, .jsonl, builtin or a hub dataset (default: C4 from the hub)")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=OWN_METHODS,
-        choices=[name for name in METHODS if name not in W8A8],
-        metavar="METHOD",
-    )
+    parser.add_argument("--methods", nargs="+", default=OWN_METHODS, choices=weight_only, metavar="METHOD")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--seq-len", type=int, default=SEQ_LEN)
     parser.add_argument("--windows", type=int, help="only the first so many windows")

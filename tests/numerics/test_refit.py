@@ -52,7 +52,7 @@ def test_every_group_gets_the_least_squares_scale_and_the_best_zero_point(
         for row in range(10):
             exact, kept, best_zero = refit_group(
                 case.weight[row].double(), start.codes[row].double(), scale[row], zero[row], inside,
-                metric.damped.double(), bits, symmetric, BF16,
+                metric.refinement_moment.double(), bits, symmetric, BF16,
             )  # fmt: skip
             new_scale, new_zero = (float(v[row, group]) for v in (found.grid.group_scale, found.grid.group_zero))
             if new_scale == kept:
@@ -78,7 +78,7 @@ def test_zero_points_move_where_they_were_wrong() -> None:
     off = Grid(4, 16, False, grid.group_scale, (grid.group_zero + 2).clamp(max=15))
     found = refit(case.weight, QuantizedWeight(codes, off), metric, BF16)
     assert bool((found.grid.group_zero != off.group_zero).any())
-    errors = [objective(error_of(case.weight, entry), metric.damped) for entry in (QuantizedWeight(codes, off), found)]
+    errors = [objective(error_of(case.weight, entry), metric.refinement_moment) for entry in (QuantizedWeight(codes, off), found)]
     assert errors[1] < 0.3 * errors[0]
 
 
@@ -126,7 +126,7 @@ def test_descent_and_refit_in_turn_never_raise_the_objective(
     for _ in range(4):
         chosen.append(descend(case.weight, chosen[-1], metric))
         chosen.append(refit(case.weight, chosen[-1], metric, BF16))
-    errors = [objective(error_of(case.weight, entry), metric.damped) for entry in chosen]
+    errors = [objective(error_of(case.weight, entry), metric.refinement_moment) for entry in chosen]
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
     assert errors[2] < errors[0] * 0.999
     assert errors[-1] < errors[2]

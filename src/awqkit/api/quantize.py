@@ -11,33 +11,28 @@ from pathlib import Path
 
 import torch
 
+from awqkit.api.calibration_rows import CalibrationRows, given_rows, rows_text, text_rows
 from awqkit.api.device import choose_device
 from awqkit.api.report_page import check_report_path, write_report
 from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
-from awqkit.calibration.rows import pack_rows, rows_from_ids
-from awqkit.calibration.sources import read_documents
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.output import refuse_output
 from awqkit.checkpoint.reader import Checkpoint, refuse_quantized
 from awqkit.checkpoint.reports import REPORT_FILE, TIMINGS_FILE
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
-from awqkit.decisions import CalibrationSummary
-from awqkit.errors import CalibrationError, OutputError
+from awqkit.errors import OutputError
 from awqkit.events import Caution, Emit, Notice, ignore_events
 from awqkit.formats.format import Format, format_for
 from awqkit.formats.scheme import Scheme
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import library_versions, load_config, load_text_encoder
 from awqkit.options import RunOptions
-from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.layout import OutputLayout, plan_output
 from awqkit.pipeline.plan import RunPlan, plan_run
 from awqkit.pipeline.run import Run, run
 from awqkit.recipe import DEFAULT_QUALITY, Recipe
 from awqkit.report.card import model_card
 from awqkit.report.report import Report
-
-_HELD_OUT_SHARE = 8  # one row held out for every so many calibration rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +42,6 @@ class QuantizeResult:
     directory: Path
     report: Report
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    calibration: TokenRows
-    held_out: TokenRows | None
-    summary: CalibrationSummary
 
 
 def quantize(
@@ -88,11 +76,11 @@ def quantize(
     skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
     refuse_incomplete(checkpoint, skeleton)
     refuse_misfit(checkpoint, skeleton)
-    rows = _calibration_rows(directory, recipe, calibration, exclude_modules, options)
+    rows = _rows(directory, recipe, calibration, exclude_modules, options)
     if rows is not None:
         refuse_unknown_tokens(rows.calibration, skeleton)
-        emit(Notice(_rows_text(rows.summary)))
-    stored_dtype = _stored_dtype(checkpoint, recipe)
+        emit(Notice(rows_text(rows.summary)))
+    stored_dtype = stored_dtype_of(checkpoint, recipe)
     plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, written.fused_partners)
     if recipe.group_size is None and plan.group_size != 128:
         emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
@@ -136,64 +124,19 @@ def quantize(
     return QuantizeResult(out, report, time.monotonic() - started)
 
 
-def _calibration_rows(
+def _rows(
     directory: Path,
     recipe: Recipe,
     calibration: str | Path | Sequence[Sequence[int]] | None,
     exclude_modules: frozenset[str],
     options: RunOptions,
-) -> _Rows | None:
+) -> CalibrationRows | None:
     if not recipe.needs_calibration:
         return None
     if calibration is not None and not isinstance(calibration, str | Path):
-        return _given_rows(calibration)
-    source = recipe.calibration if calibration is None else str(calibration)
+        return given_rows(calibration)
     encoder = load_text_encoder(directory, trust_remote_code=options.trust_remote_code)
-    documents = read_documents(source, render_chat=encoder.render_chat, exclude=exclude_modules)
-    rows = pack_rows(
-        documents.texts,
-        encoder.encode,
-        samples=recipe.samples,
-        held_out=max(1, recipe.samples // _HELD_OUT_SHARE),
-        seq_len=recipe.seq_len,
-        seed=recipe.seed,
-        start_tokens=encoder.start_tokens,
-        source=documents.label,
-    )
-    held_out = TokenRows(rows.held_out) if len(rows.held_out) else None
-    name = Path(source).name if Path(source).expanduser().exists() else source  # the way there is nobody's business
-    return _Rows(TokenRows(rows.calibration), held_out, replace(rows.summary, source=name))
-
-
-def _given_rows(token_ids: Sequence[Sequence[int]]) -> _Rows:
-    """Rows of a caller's own ids; every ninth of them is held out, padding is masked."""
-    if not token_ids:
-        raise CalibrationError("calibration: an empty list of token rows; give at least one row of token ids")
-    ids, mask = rows_from_ids(token_ids)
-    held = torch.arange(len(ids)) % (_HELD_OUT_SHARE + 1) == _HELD_OUT_SHARE
-    parts = [TokenRows(ids[part], None if bool(mask.all()) else mask[part]) for part in (~held, held)]
-    used = int(mask.sum())
-    summary = CalibrationSummary(
-        source="token rows given by the caller",
-        documents_found=len(ids),
-        documents_used=len(ids),
-        tokens_found=used,
-        rows=int((~held).sum()),
-        held_out_rows=int(held.sum()),
-        tokens_per_row=ids.shape[1],
-        start_tokens=(),
-        tokens_used=used,
-    )
-    return _Rows(parts[0], parts[1] if bool(held.any()) else None, summary)
-
-
-def _rows_text(used: CalibrationSummary) -> str:
-    start = f", each starting with token {' '.join(map(str, used.start_tokens))}" if used.start_tokens else ""
-    return (
-        f"calibration: {used.rows} rows and {used.held_out_rows} held out, of {used.tokens_per_row} tokens{start}, "
-        f"from {used.documents_used} of {used.documents_found} documents of {used.source}; "
-        f"{used.tokens_used:,} tokens used, {used.tokens_left:,} left"
-    )
+    return text_rows(recipe, calibration, encoder, exclude_modules)
 
 
 def _idle_globs(recipe: Recipe, plan: RunPlan, skeleton: Skeleton) -> list[str]:
@@ -216,8 +159,8 @@ def _unused_tensors(skeleton: Skeleton, layout: OutputLayout) -> list[str]:
     return [f"copied as they are, the model does not use them: {unused[0]}{more}"]
 
 
-def _stored_dtype(checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
-    """The recipe's dtype, else that of most of the source's float bytes, with float32 written as bfloat16."""
+def stored_dtype_of(checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
+    """The dtype of what is not packed: the recipe's, else that of most of the source's float bytes, with float32 written as bfloat16."""
     if recipe.dtype is not None:
         return getattr(torch, recipe.dtype)
     sizes: dict[torch.dtype, int] = {}

@@ -1,0 +1,160 @@
+"""`compare`: several methods on one model and one text, measured against the original; nothing is written.
+
+The model is read block by block and never as a whole, so its size does not matter. Token by token the figures are those
+of `quantize` and then `evaluate` of what it wrote, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awqkit.api.calibration_rows import CalibrationRows, rows_text, source_name, text_rows
+from awqkit.api.contenders import DEFAULT_BITS, METHODS, ORIGINAL, NamedRecipe, contender_recipes
+from awqkit.api.device import choose_device
+from awqkit.api.evaluate import text_windows
+from awqkit.api.quantize import stored_dtype_of
+from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
+from awqkit.calibration.sources import Documents, read_documents
+from awqkit.checkpoint.hub import resolve_model
+from awqkit.checkpoint.reader import Checkpoint, refuse_quantized
+from awqkit.decisions import CalibrationSummary, as_json
+from awqkit.errors import AwqkitError, FormatError, UsageError
+from awqkit.evaluation.evaluate import Evaluation, evaluate_states
+from awqkit.events import Caution, Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
+from awqkit.formats.format import FORMATS, Format, format_for
+from awqkit.formats.scheme import Scheme
+from awqkit.model.skeleton import Skeleton
+from awqkit.model.transformers_bridge import TextEncoder, load_config, load_text_encoder
+from awqkit.options import RunOptions
+from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.compare import EVALUATE, Compared, CompareRows, Contender, compare_recipes
+from awqkit.pipeline.plan import RunPlan, look_at, plan_linears
+from awqkit.recipe import Recipe
+
+DEFAULT_WINDOWS = 32
+_TASK = "window"
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRow:
+    """One method on one text.
+
+    method, bits: "fp" with the bits of its weights on disk is the original. group_size: −1 for one group a row; None
+    for the original. bits_per_weight: on disk, group scales and zero points included. kl, top1_agreement: against the
+    original, None for itself. seconds: the method's own, without what all share; None for the original.
+    num_fallbacks: choices that were undone.
+    """
+
+    method: str
+    bits: int
+    group_size: int | None
+    bits_per_weight: float
+    text: str
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    seconds: float | None
+    num_fallbacks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """rows: text by text, the original first. windows: of each text. tokens_per_window: start tokens included.
+
+    skipped: a line for each method that this model cannot have. shared_seconds: by stage, what all methods share.
+    seconds: wall time of the whole call. calibration: None where no method looked at any.
+    """
+
+    model: str
+    rows: tuple[ComparisonRow, ...]
+    windows: dict[str, int]
+    tokens_per_window: int
+    calibration: CalibrationSummary | None
+    skipped: tuple[str, ...]
+    shared_seconds: dict[str, float]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON-able values."""
+        return as_json(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A text's windows `[windows, tokens]`, and which of all windows they are."""
+
+    label: str
+    windows: Tensor
+    part: slice
+
+
+def compare(
+    model: str | Path,
+    text: str | Path | Documents | Sequence[str | Path | Documents],
+    *,
+    methods: Sequence[str] = METHODS,
+    bits: Sequence[int] = DEFAULT_BITS,
+    group_size: int | None = None,
+    calibration: str | Path = "builtin",
+    samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    windows: int | None = DEFAULT_WINDOWS,
+    exclude_modules: frozenset[str] = frozenset(),
+    options: RunOptions | None = None,
+    emit: Emit = ignore_events,
+) -> Comparison:
+    """Quantize `model` (a folder or hub id) in memory by every method at every bit width and measure each on `text`.
+
+    text: one or more of .txt, .jsonl, "builtin", a hub dataset, or Documents. group_size: as in Recipe; smoothquant has
+    its own, and its own bits. samples, seq_len, seed: calibration rows; seq_len is that of the windows, too. windows: how
+    many of each text, None for all. exclude_modules: standard library modules that builtin calibration leaves out.
+    A method that the model cannot have is skipped with a Caution. Raises AwqkitError.
+    """
+    started = time.monotonic()
+    options = options or RunOptions()
+    named = contender_recipes(methods, bits, group_size=group_size, samples=samples, seq_len=seq_len, seed=seed)
+    device, directory = choose_device(options.device), resolve_model(model)
+    checkpoint = Checkpoint.open(directory)
+    refuse_quantized(checkpoint)
+    trust = options.trust_remote_code
+    skeleton = Skeleton(load_config(directory, trust_remote_code=trust), checkpoint, trust_remote_code=trust)
+    refuse_incomplete(checkpoint, skeleton)
+    refuse_misfit(checkpoint, skeleton)
+    encoder = load_text_encoder(directory, trust_remote_code=trust)
+    texts = _texts(text, calibration, encoder, seq_len, windows, emit)
+    evaluation = TokenRows(torch.cat([each.windows for each in texts]))
+    refuse_unknown_tokens(evaluation, skeleton, "text")
+    rows = _calibration_rows(named, calibration, encoder, exclude_modules, skeleton, emit)
+    entered, skipped = _contenders(checkpoint, skeleton, named, device)
+    for line in skipped:
+        emit(Caution(line))
+    compared = compare_recipes(
+        skeleton,
+        [each.contender for each in entered],
+        CompareRows(None if rows is None else rows.calibration, None if rows is None else rows.held_out, evaluation),
+        device,
+        emit,
+    )
+    measuring = time.monotonic()
+    scores = _scores(skeleton, texts, len(encoder.start_tokens), compared, device, emit)
+    measured = compared.shared_seconds.get(EVALUATE, 0.0) + time.monotonic() - measuring
+    original = _original(checkpoint, skeleton, entered[0].contender.plan) if ORIGINAL in methods else None
+    return Comparison(
+        model=source_name(str(model)) if Path(model).is_dir() else str(model),
+        rows=tuple(_rows(texts, scores, original, entered, compared)),
+        windows={each.label: len(each.windows) for each in texts},
+        tokens_per_window=seq_len,
+        calibration=None if rows is None else rows.summary,
+        skipped=tuple(skipped),
+        shared_seconds={**compared.shared_seconds, EVALUATE: measured},
+        seconds=time.monotonic() - started,
+    )

@@ -1,0 +1,57 @@
+"""Group scales and gains that a gradient can move: exact at rest, stored exactly afterwards."""
+
+from __future__ import annotations
+
+import torch
+
+from awqkit.methods.tuning import TunableGain, TunableLinear
+from awqkit.numerics.grid import QuantizedWeight, dequantize
+from awqkit.numerics.rounding import round_nearest, span_grid
+
+
+def _quantized(seed: int = 0) -> QuantizedWeight:
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(seed))
+    grid = span_grid(weight, bits=3, group_size=16, symmetric=False, stored_dtype=torch.bfloat16)
+    return round_nearest(weight, grid)
+
+
+def test_at_rest_a_tunable_linear_is_the_quantized_one() -> None:
+    quantized = _quantized()
+    linear = TunableLinear(quantized)
+    torch.testing.assert_close(linear.weight().detach(), dequantize(quantized.codes, quantized.grid), rtol=0, atol=0)
+    finished = linear.finished(torch.bfloat16)
+    assert torch.equal(finished.grid.group_scale, quantized.grid.group_scale)
+    assert torch.equal(finished.codes, quantized.codes)
+
+
+def test_a_moved_scale_is_stored_as_its_dtype_holds_it() -> None:
+    linear = TunableLinear(_quantized())
+    linear.log_change.data += 0.1
+    scale = linear.finished(torch.bfloat16).grid.group_scale
+    assert torch.equal(scale, scale.to(torch.bfloat16).float())
+    torch.testing.assert_close(scale, _quantized().grid.group_scale * torch.tensor(0.1).exp(), rtol=1 / 256, atol=0)
+
+
+def test_the_gradient_of_a_scale_is_that_of_a_factor() -> None:
+    quantized = _quantized()
+    linear, inputs = TunableLinear(quantized), torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    (inputs @ linear.weight().t()).square().sum().backward()
+    step = 1e-3
+    for row, group in ((0, 0), (3, 1)):
+        moved = []
+        for sign in (1, -1):
+            other = TunableLinear(quantized)
+            other.log_change.data[row, group] = sign * step
+            moved.append((inputs.double() @ other.weight().detach().double().t()).square().sum())
+        expected = float(moved[0] - moved[1]) / (2 * step)
+        assert abs(float(linear.log_change.grad[row, group]) - expected) <= 1e-2 * abs(expected) + 1e-3
+
+
+def test_gains_move_by_a_factor_of_what_multiplies() -> None:
+    value = torch.tensor([0.5, -0.25, 0.0])
+    plain, offset = TunableGain.of(value, is_offset=False), TunableGain.of(value, is_offset=True)
+    for gain in (plain, offset):
+        torch.testing.assert_close(gain.vector().detach(), value)
+        gain.log_change.data += torch.tensor(2.0).log()
+    torch.testing.assert_close(plain.vector().detach(), 2 * value)
+    torch.testing.assert_close(1 + offset.vector().detach(), 2 * (1 + value))
