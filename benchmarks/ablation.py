@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 NO_D: dict[str, Any] = {"importance": "mean-abs", "error_weight": "moment"}
+TUNED: dict[str, Any] = {"tuning_epochs": 4}
 WITHOUT: dict[str, dict[str, Any]] = {
     "no-scales": {"channel_scale": "none"},
     "no-clip": {"clip": "none"},
@@ -29,6 +30,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "refit": {"refinement": ("refit",), "rounds": 1},
     "propagation": {"propagation": 0.5},
     "sensitivity": {"sensitivity": "end-loss"},
+    "tuning": TUNED,
 }
 ABLATION: dict[str, dict[str, Any]] = {
     **{f"only-{part}": {"method": "rtn", **change} for part, change in ALONE.items()},
@@ -37,6 +39,8 @@ ABLATION: dict[str, dict[str, Any]] = {
     **{f"balanced-propagation-{beta}": {"quality": "balanced", "propagation": beta} for beta in (0.25, 0.5, 0.75, 1.0)},
     "balanced-mean-damping": {"quality": "balanced", "damping": "mean"},
     "balanced-sensitivity": {"quality": "balanced", "sensitivity": "end-loss"},
+    "balanced-tuning": {"quality": "balanced", **TUNED},
     "best-no-sensitivity": {"quality": "best", "sensitivity": "none"},
+    "best-no-tuning": {"quality": "best", "tuning_epochs": 0},
     **{f"best-{part}": {"quality": "best", **change} for part, change in WITHOUT.items()},
 }

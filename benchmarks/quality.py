@@ -184,8 +184,17 @@ def merge(files: list[Path]) -> Table:
         for file, part in zip(files, parts, strict=True)
     ]
     table = Table({"parts": sources, "model": first["model"], "original": first["original"]}, rows)
-    table.not_run = not_asked({row["method"].removeprefix(PEER) for row in rows if row["method"].startswith(PEER)})
+    table.not_run = _missing_peers(parts, rows)
     return table
+
+
+def _missing_peers(parts: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str]:
+    """Why each peer without a row has none: what happened to it in some run, else that nobody asked for it."""
+    unasked = set(not_asked(()))
+    reasons = [line for part in parts for line in part["not_run"] if line not in unasked]
+    found = {row["method"].removeprefix(PEER) for row in rows if row["method"].startswith(PEER)}
+    found |= {name for name in PEERS if any(f" {name}:" in line for line in reasons)}
+    return [*dict.fromkeys(reasons), *not_asked(found)]
 
 
 if __name__ == "__main__":

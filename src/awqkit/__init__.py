@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "RunOptions", "__version__", "convert", "evaluate", "inspect", "load", "quantize"]
+__all__ = ["Recipe", "RunOptions", "__version__", "compare", "convert", "evaluate", "inspect", "load", "quantize"]
 
 if TYPE_CHECKING:
+    from awqkit.api.compare import compare
     from awqkit.api.convert import convert
     from awqkit.api.evaluate import evaluate
     from awqkit.api.inspect import inspect
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Recipe": "awqkit.recipe",
     "RunOptions": "awqkit.options",
+    "compare": "awqkit.api.compare",
     "convert": "awqkit.api.convert",
     "evaluate": "awqkit.api.evaluate",
     "inspect": "awqkit.api.inspect",

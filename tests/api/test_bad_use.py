@@ -15,10 +15,22 @@ CALIBRATED = ("calibration: ",)
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (("--method", "gptx"), "argument --method: 'gptx' is not one of rtn, awq"),
-        (("--quality", "better"), "argument --quality: 'better' is not one of fast"),
+        (("--method", "gptx"), "argument --method: 'gptx' is not one of rtn, gptq, awq, smoothquant"),
+        (("--quality", "better"), "argument --quality: 'better' is not one of fast, balanced, best"),
         (("--quality", "fast", "--method", "awq"), "quality 'fast' and method 'awq' were both given: "),
         (("--bits", "3"), "bits is 3; the awq format holds 4 bits only, use --format compressed-tensors"),
+        (
+            ("--bits", "5", "--format", "compressed-tensors"),
+            "bits is 5; the compressed-tensors format is written with 2, 3, 4 and 8 bits",
+        ),
+        (
+            ("--method", "smoothquant", "--format", "awq"),
+            "activations is int8; the awq format holds weights only, use --format compressed-tensors",
+        ),
+        (
+            ("--method", "smoothquant", "--bits", "4"),
+            "activations is int8 with 4 bits, one group a row and a symmetric grid; it takes --bits 8",
+        ),
         (("--bits", "9"), "bits is 9; it takes a whole number from 2 to 8"),
         (("--group-size", "48"), "group_size is 48; readers of the awq format take 128, 64, 32 and 16"),
         (("--dtype", "float32"), "argument --dtype: 'float32' is not one of bfloat16, float16"),
@@ -118,4 +130,4 @@ def test_wrong_use_in_a_fresh_process_needs_no_torch(place):
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("awqkit quantize: error: argument --method: 'gptx' is not one of rtn, awq")
+    assert line.startswith("awqkit quantize: error: argument --method: 'gptx' is not one of rtn, gptq, ")

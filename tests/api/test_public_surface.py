@@ -15,6 +15,7 @@ def test_the_public_names_are_these():
         "Recipe",
         "RunOptions",
         "__version__",
+        "compare",
         "convert",
         "evaluate",
         "inspect",

@@ -12,6 +12,7 @@ import pytest
 import awqkit as package
 from awqkit.cli import main
 from awqkit.cli.main import VERBS
+from awqkit.cli.recipe_flags import RECIPE_FLAGS
 
 SOURCE = str(Path(main.__file__).resolve().parents[2])
 
@@ -30,7 +31,7 @@ def test_every_verb_teaches_with_examples(awqkit, monkeypatch, verb):
 def test_quantize_help_names_every_option(awqkit):
     text = awqkit("quantize", "--help").out
     for flag in (
-        *verb_flags(),
+        *RECIPE_FLAGS.values(),
         "--asymmetric",
         "--no-clip",
         "--device",
@@ -40,10 +41,6 @@ def test_quantize_help_names_every_option(awqkit):
         "--quiet",
     ):
         assert f"  {flag}" in text
-
-
-def verb_flags():
-    return [f"--{name.replace('_', '-')}" for name in VERBS["quantize"].RECIPE_FLAGS]
 
 
 @pytest.mark.parametrize("words", [(), ("--help",)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from awqkit import recipe as recipe_module
-from awqkit.cli import quantize as verb
+from awqkit.cli import recipe_flags
 from awqkit.options import RunOptions
 from awqkit.recipe import DEFAULT_QUALITY, Recipe
 
@@ -25,8 +25,19 @@ DEFAULT = partial(Recipe.preset, DEFAULT_QUALITY)
         (("--symmetric",), DEFAULT(symmetric=True)),
         (("--asymmetric",), DEFAULT(symmetric=False)),
         (("--quality", "fast"), Recipe.preset("fast")),
+        (("--quality", "balanced"), DEFAULT()),
+        (("--quality", "best"), Recipe.preset("best")),
+        (("--quality", "best", "--rounds", "2"), Recipe.preset("best", rounds=2)),
         (("--method", "rtn"), Recipe.method("rtn")),
         (("--method", "awq"), Recipe.method("awq")),
+        (("--method", "gptq"), Recipe.method("gptq")),
+        (("--method", "smoothquant"), Recipe.method("smoothquant")),
+        (("--method", "smoothquant", "--smooth-alpha", "0.5"), Recipe.method("smoothquant", smooth_alpha=0.5)),
+        (("--bits", "3", "--format", "compressed-tensors"), DEFAULT(bits=3, format="compressed-tensors")),
+        (("--propagate", "off"), DEFAULT(propagation=0.0)),
+        (("--propagate", "auto"), DEFAULT(propagation="auto")),
+        (("--propagate", "0.75"), DEFAULT(propagation=0.75)),
+        (("--propagate", "1"), DEFAULT(propagation=1.0)),
         (("--alpha-search", "layer"), DEFAULT(alpha_search="layer")),
         (("--importance", "mean-abs"), DEFAULT(importance="mean-abs")),
         (("--clip",), DEFAULT(clip="ends")),
@@ -62,10 +73,24 @@ def test_flags_become_the_run_options(awqkit, api, flags, options):
 
 
 def test_choices_offered_are_those_of_the_recipe():
-    assert set(verb.QUALITIES) == set(recipe_module._PRESETS)
-    assert set(verb.METHODS) == set(recipe_module._METHODS)
-    assert recipe_module._CHOICES["importance"] == verb.IMPORTANCES
-    assert recipe_module._CHOICES["alpha_search"] == verb.ALPHA_SEARCHES
+    assert tuple(recipe_module._PRESETS) == recipe_flags.QUALITIES
+    assert tuple(recipe_module._METHODS) == recipe_flags.METHODS
+    assert recipe_module._CHOICES["importance"] == recipe_flags.IMPORTANCES
+    assert recipe_module._CHOICES["alpha_search"] == recipe_flags.ALPHA_SEARCHES
+
+
+def test_help_states_the_default_presets_own_values(awqkit, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = " ".join(awqkit("quantize", "--help").out.split())
+    default = DEFAULT()
+    for words in (
+        f"several times slower (default: {DEFAULT_QUALITY})",
+        f"on rows held out (default: {default.propagation})",
+        f"wants propagation (default: {default.importance},",
+        f"of descent and refit (default: {default.rounds},",
+        f"rows of text (default: {default.samples})",
+    ):
+        assert words in text
 
 
 @pytest.mark.parametrize(
@@ -120,3 +145,28 @@ def test_flags_that_the_method_does_not_read_are_named(awqkit):
     assert outcome.code == 0
     assert "--importance not used: rtn searches no channel scales" in outcome.err
     assert "--calibration not used: rtn looks at no text" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "notice"),
+    [
+        ("--quality fast --rounds 3", "--rounds not used: fast refines no codes"),
+        ("--smooth-alpha 0.5", "--smooth-alpha not used: balanced does not smooth activations"),
+        (
+            "--method smoothquant --alpha-search layer --importance square",
+            "--alpha-search and --importance not used: smoothquant searches no channel scales",
+        ),
+        ("--method gptq --alpha-search layer", "--alpha-search not used: gptq searches no channel scales"),
+    ],
+)
+def test_each_flag_that_goes_unread_has_its_reason(awqkit, flags, notice):
+    outcome = awqkit("quantize", "M", "O", *flags.split())
+    assert outcome.code == 0
+    assert notice in outcome.err.splitlines()
+
+
+@pytest.mark.parametrize(
+    "flags", ["--rounds 3 --importance square --alpha-search layer", "--method smoothquant --smooth-alpha 0.5"]
+)
+def test_nothing_is_said_of_flags_that_are_read(awqkit, flags):
+    assert "not used" not in awqkit("quantize", "M", "O", *flags.split()).err

@@ -6,10 +6,9 @@ of `quantize` and then `evaluate` of what it wrote, in float32.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,21 @@ from torch import Tensor
 from awqkit.api.calibration_rows import CalibrationRows, rows_text, source_name, text_rows
 from awqkit.api.contenders import DEFAULT_BITS, METHODS, ORIGINAL, NamedRecipe, contender_recipes
 from awqkit.api.device import choose_device
+from awqkit.api.entries import Entry, entries_for, original_bits
 from awqkit.api.evaluate import text_windows
-from awqkit.api.quantize import stored_dtype_of
 from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
 from awqkit.calibration.sources import Documents, read_documents
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.reader import Checkpoint, refuse_quantized
 from awqkit.decisions import CalibrationSummary, as_json
-from awqkit.errors import AwqkitError, FormatError, UsageError
+from awqkit.errors import UsageError
 from awqkit.evaluation.evaluate import Evaluation, evaluate_states
 from awqkit.events import Caution, Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
-from awqkit.formats.format import FORMATS, Format, format_for
-from awqkit.formats.scheme import Scheme
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import TextEncoder, load_config, load_text_encoder
 from awqkit.options import RunOptions
 from awqkit.pipeline.activations import HiddenStates, TokenRows
-from awqkit.pipeline.compare import EVALUATE, Compared, CompareRows, Contender, compare_recipes
-from awqkit.pipeline.plan import RunPlan, look_at, plan_linears
-from awqkit.recipe import Recipe
+from awqkit.pipeline.compare import EVALUATE, Compared, CompareRows, compare_recipes
 
 DEFAULT_WINDOWS = 32
 _TASK = "window"
@@ -115,8 +110,8 @@ def compare(
     """Quantize `model` (a folder or hub id) in memory by every method at every bit width and measure each on `text`.
 
     text: one or more of .txt, .jsonl, "builtin", a hub dataset, or Documents. group_size: as in Recipe; smoothquant has
-    its own, and its own bits. samples, seq_len, seed: calibration rows; seq_len is that of the windows, too. windows: how
-    many of each text, None for all. exclude_modules: standard library modules that builtin calibration leaves out.
+    its own, and its own bits. samples, seq_len, seed: calibration rows; seq_len is that of the windows, too. windows:
+    how many of each text, None for all. exclude_modules: standard library modules that builtin calibration leaves out.
     A method that the model cannot have is skipped with a Caution. Raises AwqkitError.
     """
     started = time.monotonic()
@@ -134,7 +129,7 @@ def compare(
     evaluation = TokenRows(torch.cat([each.windows for each in texts]))
     refuse_unknown_tokens(evaluation, skeleton, "text")
     rows = _calibration_rows(named, calibration, encoder, exclude_modules, skeleton, emit)
-    entered, skipped = _contenders(checkpoint, skeleton, named, device)
+    entered, skipped = entries_for(checkpoint, skeleton, named, device)
     for line in skipped:
         emit(Caution(line))
     compared = compare_recipes(
@@ -147,10 +142,10 @@ def compare(
     measuring = time.monotonic()
     scores = _scores(skeleton, texts, len(encoder.start_tokens), compared, device, emit)
     measured = compared.shared_seconds.get(EVALUATE, 0.0) + time.monotonic() - measuring
-    original = _original(checkpoint, skeleton, entered[0].contender.plan) if ORIGINAL in methods else None
+    whole = original_bits(checkpoint, skeleton, entered[0].contender.plan) if ORIGINAL in methods else None
     return Comparison(
         model=source_name(str(model)) if Path(model).is_dir() else str(model),
-        rows=tuple(_rows(texts, scores, original, entered, compared)),
+        rows=tuple(_rows(texts, scores, whole, entered, compared)),
         windows={each.label: len(each.windows) for each in texts},
         tokens_per_window=seq_len,
         calibration=None if rows is None else rows.summary,
@@ -158,3 +153,120 @@ def compare(
         shared_seconds={**compared.shared_seconds, EVALUATE: measured},
         seconds=time.monotonic() - started,
     )
+
+
+def _texts(
+    sources: str | Path | Documents | Sequence[str | Path | Documents],
+    calibration: str | Path,
+    encoder: TextEncoder,
+    seq_len: int,
+    max_windows: int | None,
+    emit: Emit,
+) -> list[_Text]:
+    """The windows of every text, one text after the other, and a line about each."""
+    listed = [sources] if isinstance(sources, str | Path | Documents) else list(sources)
+    if not listed:
+        raise UsageError("no text to measure on was given; name one or more .txt or .jsonl files")
+    found: list[_Text] = []
+    given: list[str] = []
+    start = 0
+    for source in listed:
+        documents = source
+        if not isinstance(source, Documents):
+            documents = read_documents(str(source), render_chat=encoder.render_chat)
+            if str(source) == str(calibration):
+                emit(Caution(f"{source} is the calibration text, too: methods that look at it are flattered"))
+        if documents.label in given:
+            raise UsageError(f"the text {documents.label} was given twice; name each text once")
+        given.append(documents.label)
+        name = source_name(documents.label)
+        windows = text_windows(documents.texts, encoder, seq_len, max_windows, documents.label)
+        emit(Notice(f"{len(windows.used)} of {len(windows.all)} windows of {seq_len} tokens from {documents.label}"))
+        label = documents.label if any(name == text.label for text in found) else name
+        found.append(_Text(label, windows.used, slice(start, start + len(windows.used))))
+        start += len(windows.used)
+    return found
+
+
+def _calibration_rows(
+    named: Sequence[NamedRecipe],
+    source: str | Path,
+    encoder: TextEncoder,
+    exclude_modules: frozenset[str],
+    skeleton: Skeleton,
+    emit: Emit,
+) -> CalibrationRows | None:
+    """The rows that every recipe shares; None where no recipe looks at any."""
+    recipe = next((each.recipe for each in named if each.recipe.needs_calibration), None)
+    if recipe is None:
+        return None
+    rows = text_rows(recipe, source, encoder, exclude_modules)
+    refuse_unknown_tokens(rows.calibration, skeleton)
+    emit(Notice(rows_text(rows.summary)))
+    return rows
+
+
+def _scores(
+    skeleton: Skeleton,
+    texts: Sequence[_Text],
+    num_start_tokens: int,
+    compared: Compared,
+    device: torch.device,
+    emit: Emit,
+) -> list[tuple[Evaluation, ...]]:
+    """For each text the original's scores and then each contender's."""
+    emit(TaskStarted(_TASK, texts[-1].part.stop))
+    scores = []
+    with skeleton.head(device) as head:
+        for text in texts:
+            start = text.part.start
+            scores.append(
+                evaluate_states(
+                    lambda ids, states: head(ids, states, None),
+                    text.windows,
+                    num_start_tokens,
+                    skeleton.vocabulary_size,
+                    _from(compared.original, start),
+                    [_from(reached, start) for reached in compared.reached],
+                    device,
+                    lambda done, start=start: emit(TaskAdvanced(_TASK, start + done)),
+                )
+            )
+    emit(TaskFinished(_TASK))
+    return scores
+
+
+def _from(states: HiddenStates, start: int) -> Callable[[slice], Tensor]:
+    return lambda part: states.rows_of(slice(start + part.start, start + part.stop))
+
+
+def _rows(
+    texts: Sequence[_Text],
+    scores: Sequence[tuple[Evaluation, ...]],
+    whole_bits: int | None,
+    entered: Sequence[Entry],
+    compared: Compared,
+) -> list[ComparisonRow]:
+    rows = []
+    for text, (original, *others) in zip(texts, scores, strict=True):
+        if whole_bits is not None:
+            perplexity = original.perplexity
+            rows.append(
+                ComparisonRow(ORIGINAL, whole_bits, None, whole_bits, text.label, perplexity, None, None, None, 0)
+            )
+        for each, score, seconds, undone in zip(entered, others, compared.seconds, compared.num_fallbacks, strict=True):
+            rows.append(
+                ComparisonRow(
+                    method=each.method,
+                    bits=each.contender.recipe.bits,
+                    group_size=each.contender.plan.group_size,
+                    bits_per_weight=round(each.bits_per_weight, 4),
+                    text=text.label,
+                    perplexity=score.perplexity,
+                    kl=score.kl,
+                    top1_agreement=score.top1_agreement,
+                    seconds=round(seconds, 3),
+                    num_fallbacks=undone,
+                )
+            )
+    return rows

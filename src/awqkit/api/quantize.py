@@ -13,8 +13,8 @@ import torch
 
 from awqkit.api.calibration_rows import CalibrationRows, given_rows, rows_text, text_rows
 from awqkit.api.device import choose_device
-from awqkit.api.report_page import check_report_path, write_report
 from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
+from awqkit.api.report_page import check_report_path, write_report
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.output import refuse_output
 from awqkit.checkpoint.reader import Checkpoint, refuse_quantized
@@ -66,12 +66,12 @@ def quantize(
     recipe, options, out = recipe or Recipe.preset(DEFAULT_QUALITY), options or RunOptions(), Path(out)
     if report_page is not None:
         check_report_path(report_page, out)
+    written = format_for(recipe)  # before a hub model is fetched
     device = choose_device(options.device)
     directory = resolve_model(model)
     refuse_output(out, directory, options.overwrite)
     checkpoint = Checkpoint.open(directory)
     refuse_quantized(checkpoint)
-    written = format_for(recipe)
     config = load_config(directory, trust_remote_code=options.trust_remote_code)
     skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
     refuse_incomplete(checkpoint, skeleton)
@@ -106,7 +106,7 @@ def quantize(
             versions=_versions(),
             calibration=None if rows is None else rows.summary,
             blocks=outcome.blocks,
-        tuning=outcome.tuning,
+            tuning=outcome.tuning,
             source_bytes=checkpoint.total_bytes,
             written_bytes=sum(spec.num_bytes for spec in layout.specs),
             packed_bytes=sum(spec.num_bytes for spec in layout.specs if spec.name not in layout.kept),
@@ -160,7 +160,7 @@ def _unused_tensors(skeleton: Skeleton, layout: OutputLayout) -> list[str]:
 
 
 def stored_dtype_of(checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
-    """The dtype of what is not packed: the recipe's, else that of most of the source's float bytes, with float32 written as bfloat16."""
+    """The recipe's dtype, else that of most of the source's float bytes, with float32 written as bfloat16."""
     if recipe.dtype is not None:
         return getattr(torch, recipe.dtype)
     sizes: dict[torch.dtype, int] = {}

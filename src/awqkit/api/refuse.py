@@ -39,11 +39,11 @@ def refuse_misfit(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
             )
 
 
-def refuse_unknown_tokens(rows: TokenRows, skeleton: Skeleton) -> None:
-    """Raises CalibrationError where a row holds a token id that the model has no embedding for."""
+def refuse_unknown_tokens(rows: TokenRows, skeleton: Skeleton, what: str = "calibration") -> None:
+    """Raises CalibrationError where a row of `what` holds a token id that the model has no embedding for."""
     low, high = int(rows.ids.min()), int(rows.ids.max())
     if low < 0 or high >= skeleton.vocabulary_size:
         raise CalibrationError(
-            f"calibration: token id {low if low < 0 else high} lies outside the model's vocabulary of "
+            f"{what}: token id {low if low < 0 else high} lies outside the model's vocabulary of "
             f"{skeleton.vocabulary_size}; the tokenizer is not this model's, use the files that belong to it"
         )

@@ -1,4 +1,4 @@
-"""The report that a finished checkpoint carries: awqkit.json, read back. Does not know what is in it."""
+"""What a finished checkpoint says of its making, read back: awqkit.json and the timings. Knows not what is in them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ def read_report(directory: Path, schema: int) -> dict[str, Any]:
     file = directory / REPORT_FILE
     if not file.is_file():
         raise CheckpointError(f"{directory}: has no {REPORT_FILE}, so awqkit did not quantize it; {_EXPECTED}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: is not JSON ({error}); quantize again for a whole one") from error
+    content = _read(file)
     found = content.get("schema") if isinstance(content, dict) else None
     if found != schema:
         written = "has no schema" if found is None else f"has schema {found!r}"
@@ -34,3 +29,17 @@ def read_report(directory: Path, schema: int) -> dict[str, Any]:
             f"{file}: {written}, this awqkit reads schema {schema}; use the awqkit that wrote it, or quantize again"
         )
     return content
+
+
+def read_timings(directory: Path) -> dict[str, Any]:
+    """The content of the folder's awqkit-timings.json. Raises CheckpointError where it cannot be read."""
+    return _read(directory / TIMINGS_FILE)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is not JSON ({error}); quantize again for a whole one") from error

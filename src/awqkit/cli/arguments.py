@@ -91,6 +91,17 @@ def whole_number(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def share(text: str) -> float:
+    """A `type=` for numbers from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def add_run_options(group: argparse._ArgumentGroup, *, json_content: str, remote_code: bool = True) -> None:
     """Add the options that every verb has to its group "the run"."""
     group.add_argument(

@@ -1,4 +1,4 @@
-"""`awqkit demo`: a real model quantized by two methods, measured, saved; and what to type for one's own."""
+"""`awqkit demo`: a real model quantized by several methods, measured, saved; and what to type for one's own."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ MODELS = ("embedded", "smollm2")
 _DEFAULT_OUT = "awqkit-demo"
 _MADE_BY_AWQKIT = "awqkit.json"  # every checkpoint of ours holds one
 
+_ORIGINAL = "fp"
+
 _LEGEND = """\
-Measured on text that neither saw. perplexity: lower is better. KL: distance
-from the original in nats per token. top-1: how often both put the same token
-first. seconds: to quantize."""
+Measured on text that none of them saw. bits: of a weight on disk, scales and
+zero points included. perplexity: lower is better. KL: distance from the
+original in nats per token. top-1: how often both put the same token first.
+seconds: to quantize, by this method alone."""
 
 _DESCRIPTION = """\
-Quantizes a model with plain rounding (rtn) and with AWQ, measures both against
-the original on text that neither has seen, prints a table and keeps the AWQ
-checkpoint.
+Quantizes a model with plain rounding (rtn), GPTQ, AWQ, and the presets fast and
+balanced, measures all of them against the original on text that none has seen,
+prints a table, and keeps the checkpoint of balanced with a report page.
 """
 
 _EPILOG = """\
@@ -54,7 +57,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     group.add_argument(
         "--out", type=Path, metavar="DIR",
-        help=f"where to keep the checkpoint "
+        help=f"where to keep the checkpoint; the report goes beside it, as DIR-report.html "
         f"(default: {_DEFAULT_OUT} in this folder, which the next demo replaces)",
     )  # fmt: skip
     group = parser.add_argument_group("the run")
@@ -73,7 +76,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
         result = demo(args.model, out, options=options, emit=emit)
     console.result(_table_text(result))
-    console.result(f"\nSaved the AWQ checkpoint: {result.directory}")
+    size = size_text(sum(path.stat().st_size for path in result.directory.iterdir()))
+    console.result(f"\nSaved the checkpoint of {result.rows[-1].method}: {result.directory} ({size})")
+    console.result(f"Wrote the report: {result.report_page}")
     write_json(args.json, {"rows": [dataclasses.asdict(row) for row in result.rows]})
     console.hint(_next_steps(result))
 
@@ -89,14 +94,14 @@ def _destination(out: Path | None) -> Path:
 
 
 def _table_text(result: DemoResult) -> str:
-    columns = ("method", "perplexity", "KL", "top-1", "size", "seconds")
+    columns = ("method", "bits", "perplexity", "KL", "top-1", "seconds")
     rows = [
         (
-            row.method,
+            "original" if row.method == _ORIGINAL else row.method,
+            f"{row.bits_per_weight:.2f}",
             _number(row.perplexity, "{:.3f}"),
             _number(row.kl, "{:.4f}"),
             _number(row.top1_agreement, "{:.1%}"),
-            size_text(row.size_bytes),
             _number(row.seconds, "{:.1f}"),
         )
         for row in result.rows
@@ -112,11 +117,12 @@ def _next_steps(result: DemoResult) -> str:
     out = str(result.directory)
     load = f"import awqkit; print(awqkit.load({json.dumps(out)}))"
     return (
-        "\nLook at it:\n"
+        "\nLook at it (and open the report in a browser):\n"
         f"  python -c {shlex.quote(load)}\n"
         f"  vllm serve {shlex.quote(out)}\n"
         "\nNow your own model (MODEL is a folder or a hub id, OUT a new folder):\n"
         "  awqkit quantize MODEL OUT --calibration your.txt\n"
         "  awqkit evaluate OUT --text held_out.txt --reference MODEL\n"
+        "  awqkit compare MODEL --text held_out.txt\n"
         "  vllm serve OUT"
     )

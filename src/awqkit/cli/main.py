@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from awqkit.cli import convert, demo, evaluate, inspect, quantize
+from awqkit.cli import compare, convert, demo, evaluate, inspect, quantize
 from awqkit.cli.arguments import Parser, closest
 from awqkit.cli.console import Console
 from awqkit.cli.failure import CommandLineError, report_failure
@@ -22,6 +22,7 @@ from awqkit.cli.signals import unwind_on_signals
 
 VERBS: dict[str, ModuleType] = {
     "quantize": quantize,
+    "compare": compare,
     "evaluate": evaluate,
     "inspect": inspect,
     "convert": convert,

@@ -1,8 +1,8 @@
 """Several recipes on one model in one pass over its blocks; nothing is written, and one block at a time has weights.
 
 Each block is read once and, for every kind of statistics, observed once on the original stream. Then each recipe
-quantizes it with streams of its own, and its evaluation rows move on through the block as it quantized it. After the last
-block these are what the output head reads. Recipes that tune go through all their blocks once more at the end.
+quantizes it with streams of its own, and its evaluation rows move on through the block as it quantized it. After the
+last block these are what the output head reads. Recipes that tune go through all their blocks once more at the end.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Compared:
 class _Lane:
     """A contender's way through the model. streams: its kind's, None without calibration.
 
-    calibration, held_out: its quantized streams, None where it does not propagate. blocks: as quantized so far, where it
-    tunes afterwards.
+    calibration, held_out: its quantized streams, None where it does not propagate. blocks: as quantized so far, where
+    it tunes afterwards.
     """
 
     contender: Contender
@@ -114,8 +114,8 @@ def compare_recipes(
 ) -> Compared:
     """Take the evaluation rows through the model as it is, and as each contender quantizes it.
 
-    The contenders agree in seed and in what `plan_linears` started from. Raises CheckpointError where a tensor of a block
-    holds NaN or inf.
+    The contenders agree in seed and in what `plan_linears` started from. Raises CheckpointError where a tensor of a
+    block holds NaN or inf.
     """
     clock = StageClock()
     clock.enter(START)
@@ -156,11 +156,12 @@ def _course(
     emit: Emit,
 ) -> _Course:
     streams: dict[str, Streams] = {}
+    num_streams = 2 * len(contenders) + 4  # calibration and evaluation rows of each, and the original's
     for recipe in (contender.recipe for contender in contenders):
         if recipe.needs_calibration and recipe.sensitivity not in streams:
             assert rows.calibration is not None
-            streams[recipe.sensitivity] = _shared_streams(skeleton, recipe, rows, device, clock, emit)
-    original = HiddenStates(skeleton, rows.evaluation, device)
+            streams[recipe.sensitivity] = _shared_streams(skeleton, recipe, rows, device, num_streams, clock, emit)
+    original = HiddenStates(skeleton, rows.evaluation, device, num_streams=num_streams)
     lanes = tuple(_lane(contender, streams, original) for contender in contenders)
     tuning = None
     if any(lane.tunes for lane in lanes):
@@ -169,12 +170,18 @@ def _course(
 
 
 def _shared_streams(
-    skeleton: Skeleton, recipe: Recipe, rows: CompareRows, device: torch.device, clock: StageClock, emit: Emit
+    skeleton: Skeleton,
+    recipe: Recipe,
+    rows: CompareRows,
+    device: torch.device,
+    num_streams: int,
+    clock: StageClock,
+    emit: Emit,
 ) -> Streams:
     """The original streams for all recipes of this one's sensitivity; quantized ones belong to the lanes."""
     alone = replace(recipe, propagation=0.0)
     if recipe.sensitivity == "none":
-        return start_streams(skeleton, alone, rows.calibration, rows.held_out, device, lambda index: None)
+        return start_streams(skeleton, alone, rows.calibration, rows.held_out, device, lambda index: None, num_streams)
     steps = 2 * skeleton.num_blocks  # there and back
     done = 0
 
@@ -185,7 +192,7 @@ def _shared_streams(
 
     clock.enter(recipe.sensitivity)
     emit(TaskStarted(_GRADIENT_TASK, steps))
-    streams = start_streams(skeleton, alone, rows.calibration, rows.held_out, device, step)
+    streams = start_streams(skeleton, alone, rows.calibration, rows.held_out, device, step, num_streams)
     emit(TaskFinished(_GRADIENT_TASK))
     clock.enter(START)
     return streams

@@ -27,7 +27,7 @@ from awqkit.pipeline.tune import TunableBlock
 from awqkit.pipeline.tuning_stage import finish_tuning, start_tuning, tunable_block
 from awqkit.recipe import Recipe
 
-_TASK = "block"
+_TASK, _GRADIENT_TASK = "block", "gradient step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,6 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
     Raises CheckpointError where a tensor holds NaN or inf.
     """
     clock, num_blocks = StageClock(), len(job.plan.blocks)
-    emit(TaskStarted(_TASK, num_blocks))
     clock.enter("copy")
     inside = tuple(f"{block.path}." for block in job.plan.blocks)
     in_blocks = {job.skeleton.disk_name(name) for name in job.skeleton.names() if name.startswith(inside)}
@@ -66,12 +65,11 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
         if name not in in_blocks:
             _copy(job, name, writer)
     clock.enter("start")
-    streams = None if rows is None else start_streams(
-        job.skeleton, job.recipe, rows, held_out, job.device, lambda index: None
-    )
+    streams = None if rows is None else _streams(job, rows, held_out, emit)
     start = None
     if rows is not None and job.recipe.tuning_epochs > 0:
         start = start_tuning(job.skeleton, rows, held_out, job.device)
+    emit(TaskStarted(_TASK, num_blocks))
     decisions, tunable = [], []
     for index in range(num_blocks):
         started = time.monotonic()
@@ -90,13 +88,28 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
     tuning = None
     if start is not None and streams is not None:
         clock.enter("tune")
-        tuning, moved = finish_tuning(
-            job.skeleton, job.recipe, job.plan.stored_dtype, start, streams, tunable, emit
-        )
+        tuning, moved = finish_tuning(job.skeleton, job.recipe, job.plan.stored_dtype, start, streams, tunable, emit)
         for index, (linears, gains) in enumerate(moved):
             _rewrite(job, index, linears, gains, writer)
         clock.enter("")
     return Outcome(tuple(decisions), tuning, {name: seconds for name, seconds in clock.seconds.items() if name})
+
+
+def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) -> Streams:
+    """Hidden states before the first block; for end-loss gradients the whole model runs forward and back before it."""
+    steps, done = 2 * len(job.plan.blocks), 0
+
+    def step(index: int) -> None:
+        nonlocal done
+        done += 1
+        emit(TaskAdvanced(_GRADIENT_TASK, done))
+
+    if job.recipe.sensitivity != "none":
+        emit(TaskStarted(_GRADIENT_TASK, steps))
+    streams = start_streams(job.skeleton, job.recipe, rows, held_out, job.device, step)
+    if job.recipe.sensitivity != "none":
+        emit(TaskFinished(_GRADIENT_TASK))
+    return streams
 
 
 def _one_block(

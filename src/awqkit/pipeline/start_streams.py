@@ -25,12 +25,16 @@ def start_streams(
     held_out: TokenRows | None,
     device: torch.device,
     step: Callable[[int], None],
+    num_streams: int = 1,
 ) -> Streams:
-    """All streams that the recipe needs. step(block): called after each block of the pass for end-loss gradients."""
+    """All streams that the recipe needs. step(block): called after each block of the pass for end-loss gradients.
+
+    num_streams: see `HiddenStates`.
+    """
 
     def stream(part: TokenRows, batch_divisor: int = 1) -> Stream:
         tokens = usual_tokens_per_batch(device) // batch_divisor
-        original = HiddenStates(skeleton, part, device, tokens_per_batch=tokens)
+        original = HiddenStates(skeleton, part, device, tokens_per_batch=tokens, num_streams=num_streams)
         return Stream(original, original.copy() if recipe.propagates else None)
 
     gradients = None
