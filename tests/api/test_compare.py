@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,12 @@ def _row(found: Comparison, method: str, bits: int) -> ComparisonRow:
     return row
 
 
+def _falling() -> Callable[..., float]:
+    """A measure that finds every tuning a success."""
+    found = itertools.count(100, -1)
+    return lambda *arguments: float(next(found))
+
+
 WHOLE = ("rtn", "gptq", "smoothquant", "awq", "awq-clip", "fast", "balanced", "best")
 
 
@@ -69,6 +77,23 @@ def test_a_row_is_what_quantize_and_evaluate_say(
     assert row.group_size == done.report.group_size
     assert row.num_fallbacks == len(done.report.fallbacks)
     assert row.kl > 1e-7
+
+
+def test_what_tuning_moved_is_measured(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awqkit.pipeline.tune._LEARNING_RATE", 0.02)  # a few steps must be seen after rounding
+    monkeypatch.setattr("awqkit.pipeline.tune._mean_kl", _falling())
+    (named,) = contender_recipes(("best",), (4,), **SIZES)
+    (row,) = _compare(folder, ("best",)).rows
+    done = quantize(
+        folder / "model", tmp_path / "out", named.recipe, calibration=folder / "calibration.txt", options=CPU
+    )
+    assert done.report.tuning is not None
+    assert done.report.tuning.fallback is None
+    scores = evaluate(
+        tmp_path / "out", folder / "far.txt", reference=folder / "model", seq_len=32, max_windows=5, options=CPU
+    )
+    assert row.kl == pytest.approx(scores.kl, rel=2e-3)
+    assert row.perplexity == pytest.approx(scores.perplexity, rel=1e-5)
 
 
 def test_the_original_is_the_first_row_and_as_it_evaluates(folder: Path, everything: Comparison) -> None:

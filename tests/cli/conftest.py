@@ -34,10 +34,10 @@ class FakeReport:
 @dataclass(frozen=True)
 class FakeRow:
     method: str
+    bits_per_weight: float
     perplexity: float
     kl: float | None
     top1_agreement: float | None
-    size_bytes: int
     seconds: float | None
 
 
@@ -71,11 +71,15 @@ class FakeApi:
     def demo(self, model: str, out: Any, *, options: Any, emit: Any) -> SimpleNamespace:
         self._record(model=model, out=out, options=options, emit=emit)
         rows = (
-            FakeRow("original", 13.87, None, None, 9_400_000, None),
-            FakeRow("rtn", 15.2, 0.0912, 0.84, 3_200_000, 1.2),
-            FakeRow("awq", 14.3, 0.0312, 0.9, 3_200_000, 8.25),
+            FakeRow("fp", 16, 13.87, None, None, None),
+            FakeRow("rtn", 4.1562, 15.2, 0.0912, 0.84, 1.2),
+            FakeRow("balanced", 4.1562, 14.3, 0.0312, 0.9, 8.25),
         )
-        return SimpleNamespace(rows=rows, directory=Path(out), model=Path("source"))
+        Path(out).mkdir(exist_ok=True)
+        (Path(out) / "model.safetensors").write_bytes(bytes(1500))
+        return SimpleNamespace(
+            rows=rows, directory=Path(out), report_page=Path(f"{out}-report.html"), model=Path("source")
+        )
 
     def _record(self, *, emit: Callable[[Event], None], **values: Any) -> None:
         self.calls.append(SimpleNamespace(**values))

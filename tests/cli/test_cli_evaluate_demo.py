@@ -44,23 +44,23 @@ def test_demo_prints_a_table_and_what_to_type_next(awqkit, api):
     outcome = awqkit("demo", "--json", "rows.json")
     assert outcome.code == 0
     assert outcome.out.splitlines()[:7] == [
-        "-" * 53,
-        "method    perplexity      KL  top-1     size  seconds",
-        "-" * 53,
-        "original      13.870       -      -  9.40 MB        -",
-        "rtn           15.200  0.0912  84.0%  3.20 MB      1.2",
-        "awq           14.300  0.0312  90.0%  3.20 MB      8.2",
-        "-" * 53,
+        "-" * 51,
+        "method     bits  perplexity      KL  top-1  seconds",
+        "-" * 51,
+        "original  16.00      13.870       -      -        -",
+        "rtn        4.16      15.200  0.0912  84.0%      1.2",
+        "balanced   4.16      14.300  0.0312  90.0%      8.2",
+        "-" * 51,
     ]
     for text in (
-        "Saved the AWQ checkpoint: awqkit-demo",
+        "Saved the checkpoint of balanced: awqkit-demo (1.50 kB)\nWrote the report: awqkit-demo-report.html\n",
         "awqkit quantize MODEL OUT --calibration your.txt",
         "vllm serve OUT",
     ):
         assert text in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 80
     rows = json.loads(Path("rows.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["original", "rtn", "awq"]
+    assert [row["method"] for row in rows] == ["fp", "rtn", "balanced"]
     assert rows[1]["kl"] == 0.0912
 
 
@@ -68,7 +68,7 @@ def test_demo_replaces_its_own_folder_and_no_other(awqkit, api):
     assert awqkit("demo").code == 0
     assert (api.calls[-1].model, api.calls[-1].out) == ("embedded", Path("awqkit-demo"))
     assert api.calls[-1].options.overwrite
-    Path("awqkit-demo").mkdir()
+    Path("awqkit-demo/model.safetensors").unlink()
     outcome = awqkit("demo")
     assert outcome.code == 2
     assert "no demo made it" in outcome.err

@@ -63,6 +63,7 @@ def test_version(awqkit):
         ("quantize --help", 0),
         ("quantize M O --bits nine", 2),
         ("quantize M O --bits 9", 2),
+        ("compare M --text t.txt --methods all", 2),
     ],
 )
 def test_help_and_wrong_use_import_no_torch(words, code):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awqkit.methods.evidence import Evidence, MetricChoices, Readers, original_evidence, propagated_evidence
 from awqkit.numerics.propagation import STRENGTHS
-from awqkit.numerics.rounding_metric import energy_order, moment_order
+from awqkit.numerics.rounding_metric import energy_order, mean_damping, moment_order, own_damping
 from awqkit.numerics.statistics import (
     PairedStatistics,
     Statistics,
@@ -83,8 +83,8 @@ def test_the_metric_is_the_one_that_was_chosen(order: str, damping: str, ratio: 
     orders = {"energy": energy_order(moment, readers.column_energy), "moment": moment_order(moment)}
     assert torch.equal(metric.order, orders[order])
     assert not torch.equal(orders["energy"], orders["moment"])
-    share = moment.diagonal() if damping == "own" else moment.diagonal().mean().expand(CHANNELS)
-    torch.testing.assert_close(metric.damping, ratio * share)
+    added = own_damping if damping == "own" else mean_damping
+    torch.testing.assert_close(metric.damping, added(moment, ratio, _readers().column_energy))
 
 
 @pytest.mark.parametrize("strength", [0.25, 1.0])

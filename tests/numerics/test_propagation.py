@@ -9,7 +9,7 @@ from numerics.cases import correlated
 from torch import Tensor
 
 from awqkit.numerics.propagation import STRENGTHS, best_strength, correction
-from awqkit.numerics.rounding_metric import moment_order, rounding_metric
+from awqkit.numerics.rounding_metric import energy_order, moment_order, rounding_metric
 
 
 def _streams(columns: int = 24, tokens: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -97,3 +97,20 @@ def test_rows_that_cost_nothing_have_no_say() -> None:
     assert best_strength([weight], [torch.zeros(8)], shift, held_cross, held_moment) == 0.0
     assert best_strength([weight], [torch.ones(8)], torch.zeros(24, 24), held_cross, held_moment) == 0.0
     assert best_strength([weight], [torch.ones(8)], shift, held_cross, held_moment) > 0.0
+
+
+def test_a_channel_of_nearly_no_energy_is_not_given_weights_far_beyond_its_own() -> None:
+    """Its column of W* once was hundreds of times W's, and took its whole group's range with it."""
+    generator = torch.Generator().manual_seed(3)
+    original = torch.randn(400, 24, generator=generator)
+    quantized = original + 0.05 * torch.randn(400, 24, generator=generator)
+    quantized[:, 5] = 1e-4 * (original - quantized)[:, 3]  # tells the error of a neighbour
+    original[:, 5] = quantized[:, 5]
+    weight = torch.randn(16, 24, generator=generator)
+    moment, cross = (quantized.t() @ quantized) / 400, (original.t() @ quantized) / 400
+    energy = weight.square().mean(dim=0)
+    metric = rounding_metric(moment, energy_order(moment, energy), 0.05, "own", energy)
+    change = (weight @ correction(cross, metric)).abs().amax(dim=0)
+    assert float(change[5]) < 2 * float(weight[:, 5].abs().max())
+    bare = rounding_metric(moment, energy_order(moment, energy), 0.05)
+    assert float((weight @ correction(cross, bare)).abs().amax(dim=0)[5]) > 100

@@ -132,3 +132,18 @@ def test_a_moment_that_is_not_finite_is_refused(value: float) -> None:
     moment[3, 3] = value
     with pytest.raises(ValueError, match="12 channels"):
         rounding_metric(moment, torch.arange(12), 0.05)
+
+
+def test_own_damping_is_a_share_of_each_channel_and_a_floor_by_what_a_column_contributes() -> None:
+    moment = torch.diag(torch.tensor([4.0, 1.0, 1e-8]))
+    energy = torch.tensor([0.5, 2.0, 1.0])
+    floor = 1e-4 * float((moment.diagonal() * energy).mean()) / energy
+    torch.testing.assert_close(own_damping(moment, 0.05, energy), 0.05 * moment.diagonal() + floor)
+
+
+def test_own_damping_follows_a_channel_scale() -> None:
+    generator = torch.Generator().manual_seed(5)
+    moment = torch.diag(torch.rand(12, generator=generator))
+    energy, scale = torch.rand(12, generator=generator) + 0.1, torch.rand(12, generator=generator) + 0.5
+    scaled = own_damping(moment / scale.unsqueeze(0) / scale.unsqueeze(1), 0.05, energy * scale.square())
+    torch.testing.assert_close(scaled, own_damping(moment, 0.05, energy) / scale.square())

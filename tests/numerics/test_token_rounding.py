@@ -45,35 +45,30 @@ def _cost(x: Tensor, weight: Tensor, s: Tensor, rows: Tensor) -> float:
     return float((error.square() * rows.double()).sum(dim=-1).mean())
 
 
-def test_the_cost_is_the_formula_and_bounds_what_it_really_is() -> None:
+def test_the_cost_is_what_rounding_the_tokens_costs() -> None:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(500, 16, generator=generator)
+    x = torch.randn(200, 16, generator=generator)
     weight, rows = torch.randn(6, 16, generator=generator), torch.rand(6, generator=generator)
     for s in (torch.ones(16), torch.exp(torch.randn(16, generator=generator))):
-        found = token_rounding_error(weight, x.abs().amax(dim=0), s, rows)
-        step = max(float(x[:, j].abs().max() / s[j]) for j in range(16)) / 127
-        expected = sum(
-            float(rows[i]) * float(weight[i, j] * s[j]) ** 2 * step**2 / 12 for i in range(6) for j in range(16)
-        )
-        assert abs(found - expected) <= 1e-4 * expected
-        assert 0.05 * found < _cost(x, weight, s, rows) <= found
+        expected = _cost(x, weight, s, rows)
+        assert abs(token_rounding_error(weight, x, s, rows) - expected) <= 1e-3 * expected
 
 
-def test_moving_an_outlier_into_the_weight_lowers_the_cost_and_the_estimate_of_it() -> None:
-    x = torch.randn(500, 16, generator=torch.Generator().manual_seed(2))
+def test_moving_an_outlier_into_the_weight_lowers_the_cost() -> None:
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
     x[:, 7] *= 50.0
     weight, rows = torch.randn(6, 16, generator=torch.Generator().manual_seed(3)), torch.ones(6)
     moved = torch.ones(16)
     moved[7] = 7.0
-    max_abs = x.abs().amax(dim=0)
-    estimates = [token_rounding_error(weight, max_abs, s, rows) for s in (torch.ones(16), moved)]
-    costs = [_cost(x, weight, s, rows) for s in (torch.ones(16), moved)]
-    assert estimates[1] < 0.3 * estimates[0]
+    costs = [token_rounding_error(weight, x, s, rows) for s in (torch.ones(16), moved)]
     assert costs[1] < 0.3 * costs[0]
 
 
 def test_a_common_factor_of_all_scales_costs_nothing() -> None:
-    x, weight, rows = _tokens(), torch.randn(6, 16), torch.ones(6)
-    max_abs = x.reshape(-1, 16).abs().amax(dim=0)
-    one, other = (token_rounding_error(weight, max_abs, torch.full((16,), s), rows) for s in (1.0, 37.0))
+    x, weight, rows = _tokens().reshape(-1, 16), torch.randn(6, 16), torch.ones(6)
+    one, other = (token_rounding_error(weight, x, torch.full((16,), s), rows) for s in (1.0, 32.0))
     assert abs(one - other) <= 1e-5 * one
+
+
+def test_no_tokens_cost_nothing() -> None:
+    assert token_rounding_error(torch.ones(2, 16), torch.empty(0, 16), torch.ones(16), torch.ones(2)) == 0.0

@@ -93,6 +93,6 @@ def propagated_evidence(
 
 
 def _metric(moment: Tensor, readers: Readers, choices: MetricChoices) -> RoundingMetric:
-    by_energy = choices.column_order == "energy"
-    order = energy_order(moment, readers.column_energy) if by_energy else moment_order(moment)
-    return rounding_metric(moment, order, choices.damp_ratio, choices.damping)
+    energy = readers.column_energy
+    order = energy_order(moment, energy) if choices.column_order == "energy" else moment_order(moment)
+    return rounding_metric(moment, order, choices.damp_ratio, choices.damping, energy)

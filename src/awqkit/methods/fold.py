@@ -139,7 +139,7 @@ def _search_smoothing(
         **plan.grid_choices,
     )
     for index, candidate in enumerate(tried):
-        errors[index] += token_rounding_error(weight, statistics.max_abs, candidate.channel_scale, readers.row_weight)
+        errors[index] += token_rounding_error(weight, statistics.sample, candidate.channel_scale, readers.row_weight)
     return _chosen(tried, best_per_unit(errors, unit_of_channel[:1]), unit_of_channel, tied)
 
 
@@ -193,11 +193,11 @@ def fold_errors(
     return plain, chosen
 
 
-def smoothing_errors(scaled: Sequence[ScaledWeight], row_weights: Sequence[Tensor], max_abs: Tensor) -> tuple[float, float]:
-    """What rounding the input per token adds to `fold_errors`: at s = 1, and at the chosen s. max_abs: `[in]`."""
+def smoothing_errors(scaled: Sequence[ScaledWeight], row_weights: Sequence[Tensor], tokens: Tensor) -> tuple[float, float]:
+    """What rounding the input per token adds to `fold_errors`: at s = 1, and at the chosen s. tokens: `[tokens, in]`."""
     plain, chosen = 0.0, 0.0
     for weight, row_weight in zip(scaled, row_weights, strict=True):
         ones = torch.ones_like(weight.channel_scale)
-        plain += token_rounding_error(weight.original, max_abs, ones, row_weight)
-        chosen += token_rounding_error(weight.original, max_abs, weight.channel_scale, row_weight)
+        plain += token_rounding_error(weight.original, tokens, ones, row_weight)
+        chosen += token_rounding_error(weight.original, tokens, weight.channel_scale, row_weight)
     return plain, chosen

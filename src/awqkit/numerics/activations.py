@@ -17,12 +17,10 @@ def round_tokens(inputs: Tensor) -> Tensor:
     return (inputs / step).round().mul(step).to(inputs.dtype)
 
 
-def token_rounding_error(weight: Tensor, max_abs: Tensor, channel_scale: Tensor, row_weight: Tensor) -> float:
-    """Σ_i r_i E‖W_i (x − x̂)‖² that rounding x / s per token costs, to first order.
+def token_rounding_error(weight: Tensor, tokens: Tensor, channel_scale: Tensor, row_weight: Tensor) -> float:
+    """Σ_i r_i E‖W_i (x − x̂)‖² that rounding x / s per token costs, measured on some tokens.
 
-    The error of each element is taken as uniform, Δ²/12, with Δ from the channels' largest values: an upper bound that
-    a token with the largest outlier reaches. weight: float32 `[out, in]` unscaled; max_abs, channel_scale: `[in]`.
+    weight: float32 `[out, in]` unscaled; tokens: float32 `[tokens, in]`; channel_scale: `[in]`; row_weight: r `[out]`.
     """
-    step = float((max_abs / channel_scale).max()) / TOP
-    energy = row_weight @ (weight * channel_scale).square()
-    return step * step / 12.0 * float(energy.sum())
+    lost = tokens - round_tokens(tokens / channel_scale) * channel_scale
+    return float(((lost @ weight.t()).square() @ row_weight).mean()) if len(tokens) else 0.0

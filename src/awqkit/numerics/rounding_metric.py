@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_FLOOR_SHARE = 1e-4  # ε: of what a column contributes on average (docs/log.md)
+_SMALLEST_COLUMN = 1e-6  # of the mean column energy, so that an all-zero column's floor is finite
 _SMALLEST_SHARE = 1e-9  # of the mean diagonal: what a dead channel gets, so that H stays invertible
 _SMALLEST_RATIO = 1e-5  # where no damping was asked for and some is needed
 _REFINEMENT_SHARE = 1e-3
@@ -94,14 +96,24 @@ def moment_order(moment: Tensor) -> Tensor:
     return torch.argsort(moment.diagonal(), descending=True, stable=True)
 
 
-def own_damping(moment: Tensor, damp_ratio: float) -> Tensor:
-    """λ_j = damp_ratio · H_jj, `[in]`, with a floor for dead channels: the same share of every channel's own energy."""
+def own_damping(moment: Tensor, damp_ratio: float, column_energy: Tensor | None = None) -> Tensor:
+    """λ_j = damp_ratio · H_jj + ε · mean_k(H_kk w_k²) / w_j², `[in]`: a share of every channel's own energy, and a floor.
+
+    column_energy: w² `[in]`, mean squares of the weight's columns. The floor says that no column may move by much more
+    than its own size unless the output gains by it: a channel of nearly no energy would else be given weights hundreds of
+    times its own to absorb errors elsewhere, and a group's range with them. Both terms follow a channel scale: λ / s².
+    Without column_energy the floor is only what keeps dead channels finite.
+    """
     diagonal = moment.diagonal()
-    floor = (float(diagonal.mean()) or 1.0) * _SMALLEST_SHARE
-    return (damp_ratio * diagonal).clamp(min=max(floor, torch.finfo(torch.float32).tiny))
+    tiny = max((float(diagonal.mean()) or 1.0) * _SMALLEST_SHARE, torch.finfo(torch.float32).tiny)
+    own = (damp_ratio * diagonal).clamp(min=tiny)
+    if column_energy is None or not float(column_energy.max()) > 0:
+        return own
+    size = column_energy.clamp(min=float(column_energy.mean()) * _SMALLEST_COLUMN)
+    return own + _FLOOR_SHARE * float((diagonal * column_energy).mean()) / size
 
 
-def mean_damping(moment: Tensor, damp_ratio: float) -> Tensor:
+def mean_damping(moment: Tensor, damp_ratio: float, column_energy: Tensor | None = None) -> Tensor:
     """λ_j = damp_ratio · mean_k H_kk, `[in]`: the damping of the GPTQ paper (section 3.3, step 3)."""
     diagonal = moment.diagonal()
     return torch.full_like(diagonal, damp_ratio * (float(diagonal.mean()) or 1.0))
@@ -110,7 +122,13 @@ def mean_damping(moment: Tensor, damp_ratio: float) -> Tensor:
 _DAMPING = {"own": own_damping, "mean": mean_damping}
 
 
-def rounding_metric(moment: Tensor, order: Tensor, damp_ratio: float, damping: str = "own") -> RoundingMetric:
+def rounding_metric(
+    moment: Tensor,
+    order: Tensor,
+    damp_ratio: float,
+    damping: str = "own",
+    column_energy: Tensor | None = None,
+) -> RoundingMetric:
     """The metric of H `[in, in]` float32 in a column order; damping: "own" or "mean".
 
     Where the damped H cannot be factorised (rank deficient beyond float32), the damping grows tenfold until it can.
@@ -118,7 +136,7 @@ def rounding_metric(moment: Tensor, order: Tensor, damp_ratio: float, damping: s
     """
     for attempt in range(_MAX_ATTEMPTS):
         ratio = max(damp_ratio, _SMALLEST_RATIO) * _ESCALATION**attempt if attempt else damp_ratio
-        added = _DAMPING[damping](moment, ratio)
+        added = _DAMPING[damping](moment, ratio, column_energy)
         factor = _upper_factor(moment, added, order)
         if factor is not None:
             return RoundingMetric(moment, added, order, factor, ratio)

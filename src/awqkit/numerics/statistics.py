@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+_SAMPLE_TOKENS = 128
 _GRAM_TILE = 256  # columns a step; only tiles on and above the diagonal are multiplied, the rest is mirrored
 
 
@@ -21,7 +22,7 @@ class Statistics:
     """Sums over the tokens that one linear input was seen with; mergeable in any order.
 
     token_count: tokens seen; weight_sum: the sum of their weights, the same number where tokens count alike.
-    abs_sum, max_abs: `[in]` float32, units of x. gram: `[in, in]` float32, a weighted sum.
+    abs_sum, max_abs: `[in]` float32, units of x. sample: `[≤ 128, in]` float32, some of the tokens themselves. gram: `[in, in]` float32, a weighted sum.
     While accumulating only the tiles of `gram` on and above the diagonal are filled: `finished` mirrors them.
     """
 
@@ -29,6 +30,7 @@ class Statistics:
     weight_sum: float
     abs_sum: Tensor
     max_abs: Tensor
+    sample: Tensor
     gram: Tensor
 
     @property
@@ -40,7 +42,8 @@ class Statistics:
 def empty_statistics(num_channels: int, device: torch.device | str = "cpu") -> Statistics:
     """Statistics of no tokens for an input of `num_channels`."""
     zeros = torch.zeros(num_channels, device=device)
-    return Statistics(0, 0.0, zeros, zeros.clone(), torch.zeros(num_channels, num_channels, device=device))
+    none = torch.empty(0, num_channels, device=device)
+    return Statistics(0, 0.0, zeros, zeros.clone(), none, torch.zeros(num_channels, num_channels, device=device))
 
 
 def accumulate_(
@@ -58,6 +61,7 @@ def accumulate_(
     absolute = tokens.abs()
     statistics.abs_sum.add_(absolute.sum(dim=0))
     torch.maximum(statistics.max_abs, absolute.amax(dim=0), out=statistics.max_abs)
+    sample = _sampled(statistics.sample, tokens)
     weight_sum = float(tokens.shape[0])
     if token_weight is not None:
         weights = real_tokens(token_weight.unsqueeze(-1), mask)
@@ -70,8 +74,17 @@ def accumulate_(
         statistics.weight_sum + weight_sum,
         statistics.abs_sum,
         statistics.max_abs,
+        sample,
         statistics.gram,
     )
+
+
+def _sampled(sample: Tensor, tokens: Tensor) -> Tensor:
+    """The sample, filled up with tokens evenly spaced over a batch."""
+    wanted = _SAMPLE_TOKENS - sample.shape[0]
+    if wanted <= 0:
+        return sample
+    return torch.cat([sample, tokens[:: max(1, -(-tokens.shape[0] // wanted))]])
 
 
 def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -94,6 +107,7 @@ def merged(first: Statistics, second: Statistics) -> Statistics:
         first.weight_sum + second.weight_sum,
         first.abs_sum + second.abs_sum,
         torch.maximum(first.max_abs, second.max_abs),
+        torch.cat([first.sample, second.sample])[:_SAMPLE_TOKENS],
         first.gram + second.gram,
     )
 

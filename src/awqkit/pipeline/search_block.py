@@ -168,7 +168,7 @@ def _check_folds(
         )
         if context.recipe.activations != "none":
             added = smoothing_errors(
-                [scaled[name] for name in consumers], weights, measured.statistics[entry.first].max_abs
+                [scaled[name] for name in consumers], weights, measured.statistics[entry.first].sample
             )
             plain, chosen = plain + added[0], chosen + added[1]
         decision = replace(applied_fold.decision, error_nearest=plain, error_chosen=chosen)

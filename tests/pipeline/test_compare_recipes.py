@@ -1,0 +1,190 @@
+"""Several recipes in one pass: each as if it were alone, and nothing is done or held twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_contexts import CPU, GROUP, current, quantized_blocks, token_ids
+from tiny_models import NUM_BLOCKS, WeightsOf, tiny_model
+from torch import Tensor
+
+from awqkit import Recipe
+from awqkit.errors import CheckpointError
+from awqkit.events import BlockFinished, Event, TaskAdvanced, TaskStarted, ignore_events
+from awqkit.formats.format import FORMATS
+from awqkit.model.skeleton import Skeleton
+from awqkit.pipeline import block_step
+from awqkit.pipeline import compare as compare_module
+from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.compare import Compared, CompareRows, Contender, compare_recipes
+from awqkit.pipeline.plan import look_at, plan_linears
+from awqkit.pipeline.quantized_block import advance
+
+RECIPES = {
+    "rtn": Recipe.method("rtn", group_size=GROUP),
+    "gptq": Recipe.method("gptq", group_size=GROUP),
+    "fast": Recipe.preset("fast", group_size=GROUP),
+    "balanced": Recipe.preset("balanced", group_size=GROUP),
+    "auto": Recipe.preset("balanced", group_size=GROUP, propagation="auto", bits=3, format="compressed-tensors"),
+    "smoothquant": Recipe.method("smoothquant"),
+}
+CALIBRATION, HELD_OUT, MEASURED = token_ids(20, 24), token_ids(4, 24, seed=1), token_ids(5, 16, seed=2)
+
+
+def _compare(
+    model: Any,
+    recipes: dict[str, Recipe],
+    emit: Callable[[Event], None] = ignore_events,
+    held: Tensor | None = HELD_OUT,
+) -> Compared:
+    skeleton, awq = Skeleton(model.config, WeightsOf(model)), FORMATS["awq"]
+    found = look_at(skeleton, CPU)
+    contenders = []
+    for label, recipe in recipes.items():
+        plan = plan_linears(skeleton, found, recipe, torch.bfloat16, awq.why_not_held, awq.fused_partners)
+        contenders.append(Contender(label, recipe, plan))
+    rows = CompareRows(TokenRows(CALIBRATION), None if held is None else TokenRows(held), TokenRows(MEASURED))
+    return compare_recipes(skeleton, contenders, rows, CPU, emit)
+
+
+def _alone(model: Any, recipe: Recipe) -> Tensor:
+    """The evaluation rows after the last block, by the steps of a run of this recipe alone."""
+    skeleton = Skeleton(model.config, WeightsOf(model))
+    states = compare_module.HiddenStates(skeleton, TokenRows(MEASURED), CPU)
+    kept: list[Any] = []
+    quantize = block_step.quantize_observed
+
+    def recorded(*arguments: Any) -> Any:
+        kept.append(quantize(*arguments))
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_step, "quantize_observed", recorded)
+        for context, _, _ in quantized_blocks(model, recipe, CALIBRATION, HELD_OUT):
+            choice, _ = kept.pop() if recipe.needs_calibration else block_step.round_block(context)
+            advance(context, states, choice.quantized)
+    return current(states)
+
+
+def test_the_original_stream_is_the_models_own_forward() -> None:
+    model = tiny_model("llama")
+    outputs: list[Tensor] = []
+    model.model.layers[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        model(MEASURED)
+    found = _compare(model, {"rtn": RECIPES["rtn"]})
+    torch.testing.assert_close(current(found.original), outputs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_each_recipe_reaches_what_it_reaches_alone(family: str) -> None:
+    model = tiny_model(family)
+    found = _compare(model, RECIPES)
+    for (label, recipe), reached in zip(RECIPES.items(), found.reached, strict=True):
+        assert torch.equal(current(reached), _alone(model, recipe)), label
+        assert not torch.equal(current(reached), current(found.original))
+
+
+def test_every_block_is_read_once_and_observed_once_however_many_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
+    observed: list[int] = []
+    live = 0
+    load, release, observe = Skeleton.load_block, Skeleton.release_block, block_step.observe
+
+    def counted_load(self: Skeleton, index: int, device: torch.device) -> Any:
+        nonlocal live
+        live += 1
+        assert live == 1, "two blocks have weights at once"
+        loaded.append(index)
+        return load(self, index, device)
+
+    def counted_release(self: Skeleton, index: int) -> None:
+        nonlocal live
+        live -= 1
+        release(self, index)
+
+    def counted_observe(context: Any, *arguments: Any) -> Any:
+        observed.append(context.index)
+        return observe(context, *arguments)
+
+    monkeypatch.setattr(Skeleton, "load_block", counted_load)
+    monkeypatch.setattr(Skeleton, "release_block", counted_release)
+    monkeypatch.setattr(block_step, "observe", counted_observe)
+    _compare(tiny_model("llama"), RECIPES)
+    assert loaded == [0, *range(NUM_BLOCKS)]  # the first for discovery
+    assert observed == list(range(NUM_BLOCKS))
+    assert live == 0
+
+
+def test_recipes_that_weigh_tokens_are_observed_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: list[bool] = []
+    observe = block_step.observe
+
+    def recorded(context: Any, rows: Any, token_weight: Tensor | None = None) -> Any:
+        weights.append(token_weight is not None)
+        return observe(context, rows, token_weight)
+
+    monkeypatch.setattr(block_step, "observe", recorded)
+    best = replace(RECIPES["balanced"], sensitivity="end-loss", rounds=1)
+    events: list[Event] = []
+    found = _compare(
+        tiny_model("llama"),
+        {"fast": RECIPES["fast"], "best": best, "best at 3": replace(best, bits=3), "balanced": RECIPES["balanced"]},
+        events.append,
+    )
+    assert weights == [False, True] * NUM_BLOCKS
+    assert [event.total for event in events if isinstance(event, TaskStarted)] == [2 * NUM_BLOCKS, NUM_BLOCKS]
+    assert found.shared_seconds["end-loss"] > 0
+
+
+def test_a_tuned_contender_is_taken_through_its_blocks_as_tuned() -> None:
+    model = tiny_model("llama")
+    plain = replace(RECIPES["fast"], bits=3, format="compressed-tensors")
+    tune = compare_module.finish_tuning
+
+    def undone_after_one(*arguments: Any) -> Any:
+        decision, moved = tune(*arguments)
+        if arguments[1].tuning_epochs > 1:
+            return decision, moved
+        for block in arguments[5]:
+            for leaf in block.leaves:
+                leaf.data.zero_()
+        return replace(decision, fallback="no better"), [({}, {}) for _ in moved]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_module, "finish_tuning", undone_after_one)
+        patch.setattr("awqkit.pipeline.tune._LEARNING_RATE", 0.05)  # two steps must be seen after rounding
+        recipes = {f"tuned {epochs}": replace(plain, tuning_epochs=epochs) for epochs in (1, 2)}
+        found = _compare(model, {"plain": plain, **recipes}, held=None)
+    first, undone, tuned = (current(reached) for reached in found.reached)
+    torch.testing.assert_close(first, undone, rtol=1e-4, atol=1e-4)
+    assert found.num_fallbacks == (found.num_fallbacks[0], found.num_fallbacks[0] + 1, found.num_fallbacks[0])
+    assert float((tuned - first).norm()) > 1e-3 * float(first.norm())
+
+
+def test_seconds_belong_to_whoever_took_them() -> None:
+    found = _compare(tiny_model("llama"), {"rtn": RECIPES["rtn"], "balanced": RECIPES["balanced"]})
+    assert found.seconds[1] > found.seconds[0] > 0
+    assert set(found.shared_seconds) == {"start", "observe", "evaluate"}
+
+
+def test_every_block_ends_with_an_event_that_counts_what_was_undone() -> None:
+    events: list[Event] = []
+    found = _compare(tiny_model("llama"), {"fast": RECIPES["fast"], "gptq": RECIPES["gptq"]}, events.append)
+    finished = [event for event in events if isinstance(event, BlockFinished)]
+    assert [event.index for event in finished] == list(range(NUM_BLOCKS))
+    assert sum(event.num_fallbacks for event in finished) == sum(found.num_fallbacks)
+    details = {event.detail for event in events if isinstance(event, TaskAdvanced)}
+    assert {"observe", "fast: search", "fast: check", "gptq: search"} <= details
+
+
+def test_a_damaged_tensor_is_named() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN or inf"):
+        _compare(model, {"rtn": RECIPES["rtn"]})
