@@ -254,7 +254,7 @@ def _held_out(lane: _Lane) -> Stream | None:
     """A copy for the check, which moves it, as every other lane's check does with its own."""
     if lane.streams is None or lane.streams.held_out is None:
         return None
-    return Stream(lane.streams.held_out.original.copy(), lane.held_out)
+    return Stream(lane.streams.held_out.original, lane.held_out)
 
 
 def _take(course: _Course, lane: _Lane, context: BlockContext, choice: Choice, result: BlockResult) -> None:
