@@ -47,7 +47,7 @@ class DemoSize:
     group_size: int | None
 
 
-_SIZES = {"embedded": DemoSize(32, 24, None), "smollm2": DemoSize(32, 12, GROUP_SIZE)}
+_SIZES = {"embedded": DemoSize(24, 16, None), "smollm2": DemoSize(32, 12, GROUP_SIZE)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """All methods on one screen: the name of a choice in the Recipe -> the pure function that carries it out.
 
     channel scale   methods/fold.py     "none" | "search" | "smooth"      per fold, before any linear
-    propagation     methods/target.py   0 … 1 | "auto"                    per linear input: the weight that is aimed at
+    propagation     methods/evidence.py 0 … 1 | "auto"                    per linear input: the weight that is aimed at
     grid            CLIP                "none" | "shared" | "ends"        per (row, group)
     rounding        ROUNDING            "nearest" | "gptq"                per linear, on the grid
     refinement      REFINEMENT          "descent", "refit"                in turn, on codes and grid, same objective

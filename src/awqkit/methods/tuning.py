@@ -24,7 +24,8 @@ class TunableLinear:
         rows, columns = quantized.codes.shape
         grouped = quantized.codes.reshape(rows, columns // grid.group_size, grid.group_size)
         self._quantized = quantized
-        self._steps = (grouped.to(torch.float32) - grid.group_zero.unsqueeze(-1)).to(torch.int16)
+        steps = grouped.to(torch.float32) - grid.group_zero.unsqueeze(-1)
+        self._steps = steps.to(torch.int8 if grid.bits < 8 else torch.int16)
         self.log_change = torch.zeros_like(grid.group_scale, requires_grad=True)
 
     def weight(self) -> Tensor:

@@ -182,7 +182,7 @@ def _shared_streams(
     alone = replace(recipe, propagation=0.0)
     if recipe.sensitivity == "none":
         return start_streams(skeleton, alone, rows.calibration, rows.held_out, device, lambda index: None, num_streams)
-    steps = 2 * skeleton.num_blocks  # there and back
+    steps = 2 * skeleton.num_blocks - 1  # there, and back to the second block
     done = 0
 
     def step(index: int) -> None:
@@ -254,7 +254,7 @@ def _held_out(lane: _Lane) -> Stream | None:
     """A copy for the check, which moves it, as every other lane's check does with its own."""
     if lane.streams is None or lane.streams.held_out is None:
         return None
-    return Stream(lane.streams.held_out.original, lane.held_out)
+    return Stream(lane.streams.held_out.original.copy(), lane.held_out)
 
 
 def _take(course: _Course, lane: _Lane, context: BlockContext, choice: Choice, result: BlockResult) -> None:

@@ -97,7 +97,7 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
 
 def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) -> Streams:
     """Hidden states before the first block; for end-loss gradients the whole model runs forward and back before it."""
-    steps, done = 2 * len(job.plan.blocks), 0
+    steps, done = 2 * len(job.plan.blocks) - 1, 0  # there, and back to the second block
 
     def step(index: int) -> None:
         nonlocal done
