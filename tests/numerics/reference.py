@@ -82,40 +82,34 @@ def descent_sweep(
     return codes, margin
 
 
-def refit_group(
+def refit_row(
     weight: Tensor,
     codes: Tensor,
     scale: Tensor,
     zero: Tensor,
-    group: slice,
+    group_size: int,
     damped: Tensor,
-    bits: int,
-    symmetric: bool,
     stored_dtype: torch.dtype,
-) -> tuple[float, float, float]:
-    """The exact least-squares Δ of one row's group, then that Δ as it is kept, then its z; all else is held.
+) -> tuple[Tensor, Tensor]:
+    """One row's least-squares Δ of all groups together, and the Δ that is kept, `[groups]` float64 each.
 
-    weight, codes, scale, zero: one row, `[in]` float64. The stored Δ is taken only where the row's error falls and it
-    is less than a factor of four away; z is the best of all whole numbers, the present one where several are equal.
+    weight, codes: `[in]`, scale, zero: `[groups]`, all float64. Stored values are taken, all or none, where the row's
+    error falls and each is less than a factor of four away.
     """
     root = torch.linalg.cholesky(damped)
+    groups = len(scale)
+    columns = torch.zeros(groups, len(weight), dtype=torch.float64)
+    for g in range(groups):
+        inside = slice(g * group_size, (g + 1) * group_size)
+        columns[g, inside] = codes[inside] - zero[g]
 
-    def row_error(group_scale: float, group_zero: float) -> float:
-        value = meaning(codes, scale, zero)
-        value[group] = (codes[group] - group_zero) * group_scale
-        return float(((value - weight) @ root).square().sum())
+    def row_error(group_scale: Tensor) -> float:
+        return float(((group_scale @ columns - weight) @ root).square().sum())
 
-    old_scale, old_zero = float(scale[group][0]), float(zero[group][0])
-    others = meaning(codes, scale, zero)
-    others[group] = 0.0
-    steps = torch.zeros_like(weight)
-    steps[group] = codes[group] - old_zero
-    exact = float(torch.linalg.lstsq((steps @ root).unsqueeze(1), ((weight - others) @ root).unsqueeze(1)).solution)
-    stored = float(torch.tensor(exact).to(stored_dtype))
-    falls = row_error(stored, old_zero) < row_error(old_scale, old_zero)
-    kept = stored if falls and 0.25 < stored / old_scale < 4 else old_scale
-    zeros = [old_zero] if symmetric else sorted(range(2**bits), key=lambda z: abs(z - old_zero))
-    return exact, kept, min(zeros, key=lambda z: row_error(kept, z))
+    exact = torch.linalg.lstsq((columns @ root).t(), (weight @ root).unsqueeze(1)).solution.squeeze(1)
+    stored = exact.to(stored_dtype).double()
+    stored = torch.where((stored > 0.25 * scale) & (stored < 4 * scale), stored, scale)
+    return exact, stored if row_error(stored) < row_error(scale) else scale
 
 
 def correction(cross: Tensor, moment: Tensor, damped: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Refit of scales and zero points against least squares on one group at a time, all zero points tried, in float64."""
+"""Refit of scales against least squares on a whole row, of zero points against all of them, in float64."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 from numerics.cases import BF16, Case, correlated, error_of
-from numerics.reference import objective, per_column, refit_group
+from numerics.reference import objective, per_column, refit_row
 
 from awqkit.numerics.clip import search_clip
 from awqkit.numerics.descent import descend
 from awqkit.numerics.gptq import round_gptq
 from awqkit.numerics.grid import Grid, QuantizedWeight, split_groups
 from awqkit.numerics.output_error import diagonal_blocks
-from awqkit.numerics.refit import refit
+from awqkit.numerics.refit import GROUPS_AT_ONCE, refit
 from awqkit.numerics.rounding import round_nearest, span_grid
 from awqkit.numerics.rounding_metric import RoundingMetric, energy_order, rounding_metric
 
@@ -30,45 +30,55 @@ def _start(case: Case, metric: RoundingMetric, bits: int, group_size: int, symme
     return round_gptq(case.weight, case.grid(bits, group_size, symmetric=symmetric), metric)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [8, 16, 32])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_every_group_gets_the_least_squares_scale_and_the_best_zero_point(
-    bits: int, group_size: int, symmetric: bool
-) -> None:
-    """Each group is checked with the groups before it as refit left them, so one near tie does not spoil the rest."""
+def test_every_row_gets_its_least_squares_scales(bits: int, group_size: int) -> None:
     case = correlated(10, 32, seed=bits)
     metric = _metric(case)
-    start = _start(case, metric, bits, group_size, symmetric)
-    if not symmetric:  # chosen codes rarely want another zero point; a wrong one must be found
-        wrong = (start.grid.group_zero + 2 * (torch.arange(10) % 3 == 0)[:, None]).clamp(max=2**bits - 1)
-        start = replace(start, grid=replace(start.grid, group_zero=wrong))
+    start = _start(case, metric, bits, group_size, True)
     found = refit(case.weight, start, metric, BF16)
     assert torch.equal(found.codes, start.codes)
-    scale, zero = per_column(start.grid.group_scale, group_size), per_column(start.grid.group_zero, group_size)
-    same = moved = shifted = 0
-    for group in range(32 // group_size):
-        inside = slice(group * group_size, (group + 1) * group_size)
-        for row in range(10):
-            exact, kept, best_zero = refit_group(
-                case.weight[row].double(), start.codes[row].double(), scale[row], zero[row], inside,
-                metric.refinement_moment.double(), bits, symmetric, BF16,
-            )  # fmt: skip
-            new_scale, new_zero = (float(v[row, group]) for v in (found.grid.group_scale, found.grid.group_zero))
-            if new_scale == kept:
-                same += 1
-                assert new_zero == best_zero
-            else:  # only where the exact value lies on the border between two values of the stored dtype
-                borders = {float(torch.tensor(exact * (1 + shift)).to(BF16)) for shift in (-1e-4, 1e-4)}
-                assert new_scale in borders
-            moved += new_scale != float(start.grid.group_scale[row, group])
-            shifted += new_zero != float(start.grid.group_zero[row, group])
-        scale[:, inside] = found.grid.group_scale[:, group : group + 1].double()
-        zero[:, inside] = found.grid.group_zero[:, group : group + 1].double()
-    total = 10 * 32 // group_size
-    assert same > 0.9 * total
-    assert moved > 0.3 * total
-    assert (shifted == 0) if symmetric else (shifted > 0)
+    same = moved = 0
+    for row in range(10):
+        exact, kept = refit_row(
+            case.weight[row].double(), start.codes[row].double(), start.grid.group_scale[row].double(),
+            start.grid.group_zero[row].double(), group_size, metric.refinement_moment.double(), BF16,
+        )  # fmt: skip
+        near = (found.grid.group_scale[row].double() - exact).abs() <= exact.abs() / 200
+        same += bool(torch.equal(found.grid.group_scale[row].double(), kept) or near.all())
+        moved += bool((found.grid.group_scale[row] != start.grid.group_scale[row]).any())
+    assert same >= 9  # a row may hang on the border between two stored values
+    assert moved >= 3
+
+
+def test_more_groups_than_are_solved_at_once_still_never_raise_the_objective() -> None:
+    case = correlated(6, 8 * (GROUPS_AT_ONCE + 6))
+    metric = _metric(case)
+    start = _start(case, metric, 3, 8, False)
+    found = refit(case.weight, start, metric, BF16)
+    errors = [objective(error_of(case.weight, entry), metric.refinement_moment) for entry in (start, found)]
+    assert errors[1] < errors[0]
+    changed = (found.grid.group_scale != start.grid.group_scale).any(dim=0)
+    assert bool(changed[:GROUPS_AT_ONCE].any())
+    assert bool(changed[GROUPS_AT_ONCE:].any())
+
+
+def test_the_best_zero_point_of_all_is_found_where_one_was_wrong() -> None:
+    case = correlated(10, 32)
+    metric, grid = _metric(case), case.grid(4, 16)
+    codes = round_nearest(case.weight, grid).codes
+    wrong = grid.group_zero.clone()
+    wrong[:, 1] = (wrong[:, 1] + 3).clamp(max=15)
+    off = QuantizedWeight(codes, replace(grid, group_zero=wrong))
+    found = refit(case.weight, off, metric, BF16)
+    for row in range(10):
+        errors = {}
+        for zero in range(16):
+            tried = found.grid.group_zero.clone()
+            tried[row, 1] = zero
+            entry = QuantizedWeight(codes, replace(found.grid, group_zero=tried))
+            errors[zero] = objective(error_of(case.weight, entry), metric.refinement_moment)
+        assert errors[int(found.grid.group_zero[row, 1])] <= min(errors.values()) * (1 + 1e-6)
 
 
 def test_zero_points_move_where_they_were_wrong() -> None:

@@ -1,11 +1,11 @@
-"""Refit of a grid to the codes that were chosen on it: least squares on each group's Δ, then on its zero point.
+"""Refit of a grid to the codes that were chosen on it: least squares on the group scales of each row, then zero points.
 
-    R = (Ŵ − W)H,  p = q − z of one row and group,  h = its block of H
-    Δ ← Δ − (p · R_g) / (p h pᵀ)            the vertex of a parabola, rounded to the stored dtype
-    z ← z + round((1 · R_g) / (Δ · 1 h 1ᵀ))  all weights of the group move by Δ; only where the grid has zero points
+    R = (Ŵ − W)H,   p_g = q − z of one row's group g,   M_gk = p_g H_gk p_kᵀ,   b_g = p_g · R_g
+    Δ ← Δ − M⁻¹ b                            all groups of the row together, then rounded to the stored dtype
+    z_g ← z_g + round((1 · R_g) / (Δ_g · 1 H_gg 1ᵀ))   all weights of the group move by Δ; only where z is free
 
-Group after group, each seeing what the ones before it changed. A new value is taken only where tr(E H Eᵀ) falls
-with the value as it will be stored.
+Scales of up to 32 groups are solved for at once, further ones after them. A row takes its new scales only where
+tr(E H Eᵀ) falls with the values as they will be stored; of the zero points the one that helps a row most moves first.
 """
 
 from __future__ import annotations
@@ -18,43 +18,71 @@ from torch import Tensor
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.numerics.rounding_metric import RoundingMetric
 
+GROUPS_AT_ONCE = 32  # M has this many squared entries a row
+_RIDGE = 1e-5  # of M's diagonal: groups whose steps are nearly parallel under H
+
 
 def refit(
     weight: Tensor, quantized: QuantizedWeight, metric: RoundingMetric, stored_dtype: torch.dtype
 ) -> QuantizedWeight:
     """The same codes on a grid whose Δ (and z, if asymmetric) fit them better. weight: float32 `[out, in]`."""
     grid, moment = quantized.grid, metric.refinement_moment
-    group_scale, group_zero = grid.group_scale.t().clone(), grid.group_zero.t().clone()
-    codes = quantized.codes.t().to(torch.float32)
-    residual = moment @ (dequantize(quantized.codes, grid) - weight).t()
-    top = float(2**grid.bits - 1)
-    for index in range(group_scale.shape[0]):
-        inside = slice(index * grid.group_size, (index + 1) * grid.group_size)
-        block, pull = moment[inside, inside], residual[inside]
-        steps = codes[inside] - group_zero[index]
-        change = _scale_change(steps, pull, block, group_scale[index], stored_dtype)
-        group_scale[index] += change
-        moved = steps * change
-        if not grid.symmetric:
-            pull = torch.addmm(pull, block, moved)
-            shift = (pull.sum(dim=0) / (group_scale[index] * block.sum().clamp(min=1e-30))).round_()
-            shift = torch.minimum(torch.maximum(shift, -group_zero[index]), top - group_zero[index])
-            group_zero[index] += shift
-            moved = moved - shift * group_scale[index]
-        residual.addmm_(moment[:, inside], moved)
-    return QuantizedWeight(
-        quantized.codes,
-        replace(grid, group_scale=group_scale.t().contiguous(), group_zero=group_zero.t().contiguous()),
-    )
+    rows, groups = grid.group_scale.shape
+    steps = quantized.codes.to(torch.float32).reshape(rows, groups, -1) - grid.group_zero.unsqueeze(-1)
+    residual = (dequantize(quantized.codes, grid) - weight) @ moment
+    group_scale = grid.group_scale.clone()
+    for start in range(0, groups, GROUPS_AT_ONCE):
+        some = slice(start, start + GROUPS_AT_ONCE)
+        columns = slice(start * grid.group_size, (start + GROUPS_AT_ONCE) * grid.group_size)
+        block, pull = moment[columns, columns], residual[:, columns].reshape(steps[:, some].shape)
+        change = _scale_changes(steps[:, some], pull, block, group_scale[:, some], stored_dtype)
+        group_scale[:, some] += change
+        residual.addmm_((steps[:, some] * change.unsqueeze(-1)).reshape(rows, -1), moment[columns])
+    group_zero = grid.group_zero
+    if not grid.symmetric:
+        group_zero = _shifted_zeros(group_zero, group_scale, residual, moment, float(2**grid.bits - 1))
+    return QuantizedWeight(quantized.codes, replace(grid, group_scale=group_scale, group_zero=group_zero))
 
 
-def _scale_change(steps: Tensor, pull: Tensor, block: Tensor, group_scale: Tensor, stored_dtype: torch.dtype) -> Tensor:
-    """What to add to Δ, `[out]`: 0 where the rounded vertex does not lower the objective."""
-    slope = (steps * pull).sum(dim=0)
-    curvature = (steps * (block @ steps)).sum(dim=0)
-    vertex = group_scale - slope / curvature.clamp(min=torch.finfo(torch.float32).tiny)
-    change = vertex.to(stored_dtype).to(torch.float32) - group_scale
-    gain = change * (2.0 * slope + change * curvature)
+def _scale_changes(
+    steps: Tensor, pull: Tensor, moment: Tensor, group_scale: Tensor, stored_dtype: torch.dtype
+) -> Tensor:
+    """What to add to Δ `[out, groups]`; 0 for rows that would not gain. steps, pull: `[out, groups, group_size]`."""
+    rows, groups, group_size = steps.shape
+    slope = (steps * pull).sum(dim=-1)
+    products = [
+        (steps[:, g] @ moment[g * group_size : (g + 1) * group_size]).reshape(steps.shape).mul_(steps).sum(dim=-1)
+        for g in range(groups)
+    ]
+    curvature = torch.stack(products, dim=1)
+    diagonal = curvature.diagonal(dim1=1, dim2=2)
+    # a group of zeros has no vertex: its own equation becomes "no change"
+    ridge = torch.where(diagonal > 0, _RIDGE * diagonal, torch.ones_like(diagonal))
+    factor, failed = torch.linalg.cholesky_ex(curvature + torch.diag_embed(ridge))
+    vertex = group_scale - torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+    stored = vertex.to(stored_dtype).to(torch.float32)
     # a Δ of another sign or size is no refit: codes and zero point would no longer mean the same range
-    sound = (group_scale + change > 0.25 * group_scale) & (group_scale + change < 4.0 * group_scale)
-    return torch.where(sound & (gain < 0), change, torch.zeros_like(change))
+    sound = (stored > 0.25 * group_scale) & (stored < 4.0 * group_scale) & (failed == 0).unsqueeze(-1)
+    change = torch.where(sound, stored - group_scale, torch.zeros_like(stored))
+    gain = (change * (2.0 * slope + torch.bmm(curvature, change.unsqueeze(-1)).squeeze(-1))).sum(dim=-1)
+    return torch.where((gain < 0).unsqueeze(-1), change, torch.zeros_like(change))
+
+
+def _shifted_zeros(group_zero: Tensor, group_scale: Tensor, residual: Tensor, moment: Tensor, top: float) -> Tensor:
+    """Zero points `[out, groups]` after each row's best single move, repeated until no row gains."""
+    rows, groups = group_zero.shape
+    tiles = moment.reshape(groups, -1, groups, moment.shape[0] // groups)
+    weight_of_group = tiles.diagonal(dim1=0, dim2=2).sum(dim=(0, 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    for _ in range(groups):
+        pull = residual.reshape(rows, groups, -1).sum(dim=-1)
+        shift = (pull / (group_scale * weight_of_group)).round_()
+        shift = torch.minimum(torch.maximum(shift, -group_zero), top - group_zero)
+        move = shift * group_scale
+        gain, best = (move * (move * weight_of_group - 2.0 * pull)).min(dim=1)
+        if not bool((gain < 0).any()):
+            break
+        chosen = torch.nn.functional.one_hot(best, groups) * (gain < 0).unsqueeze(-1)
+        group_zero = group_zero + shift * chosen
+        moved = (move * chosen).unsqueeze(-1).expand(-1, -1, moment.shape[0] // groups).reshape(rows, -1)
+        residual = residual - moved @ moment
+    return group_zero
