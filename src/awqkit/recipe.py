@@ -105,11 +105,13 @@ class Recipe:
     clip: "none", "shared" (one ratio for both ends of the range), "ends" (each end its own ratio).
     rounding: "nearest" or "gptq".
     column_order: order of GPTQ's columns: "energy" H_jj · mean W_ij², or "moment" H_jj (act-order).
-    damping, damp_ratio: what is added to H before it is factorised: a share of each channel's "own" H_jj, or of the "mean".
+    damping, damp_ratio: what is added to H before it is factorised: a share of each channel's "own" H_jj, or of the
+        "mean".
     refinement, rounds: "descent" over codes and "refit" of the grid, in this order, so many times.
     propagation: how much of the correction for errors of earlier linears is made, 0 … 1, or "auto": per linear input,
         on rows held out.
-    sensitivity: "none", or "end-loss": errors weighted by the gradients of the model's own loss, across rows and tokens.
+    sensitivity: "none", or "end-loss": errors weighted by the gradients of the model's own loss, across rows and
+        tokens.
     tuning_epochs: passes over the calibration rows in which group scales and folded gains are tuned together on the
         whole model's KL, 0 for none.
     dtype: the dtype of everything that is not packed; None keeps the source's, and turns float32 into bfloat16.
@@ -173,13 +175,13 @@ class Recipe:
 
     @classmethod
     def preset(cls, quality: str, **overrides: Any) -> Recipe:
-        """The preset `quality` ("fast", "balanced", "best") with single fields replaced. Raises UsageError for an unknown name or field."""
+        """The preset `quality` ("fast", "balanced", "best") with single fields replaced. Raises UsageError."""
         _one_of("quality", quality, tuple(_PRESETS))
         return _build({"name": quality, **_PRESETS[quality], **overrides})
 
     @classmethod
     def method(cls, method: str, **overrides: Any) -> Recipe:
-        """The textbook method `method` ("rtn", "gptq", "awq", "smoothquant") with fields replaced. Raises UsageError."""
+        """The method `method` ("rtn", "gptq", "awq", "smoothquant") with fields replaced. Raises UsageError."""
         _one_of("method", method, tuple(_METHODS))
         return _build({"name": method, **_METHODS[method], **overrides})
 

@@ -81,7 +81,7 @@ def test_the_result_loads_and_stays_near_the_original(quantize, place, flags):
     with torch.no_grad():
         expected = awqkit.load(place.model, dtype=torch.float32)(ids).logits
         found = awqkit.load(place.out, dtype=torch.float32)(ids).logits
-    assert float((found - expected).square().mean() / expected.square().mean()) < 0.02
+    assert float((found - expected).square().mean() / expected.square().mean()) < 0.03
 
 
 def test_a_sharded_source_gives_the_same_tensors(quantize, place):

@@ -18,9 +18,9 @@ from tiny_models import FAMILIES, save_tiny, tiny_model, token_rows
 from torch import Tensor, nn
 
 from awqkit import Recipe, RunOptions, load, quantize
-from awqkit.numerics.divergence import token_kl
 from awqkit.evaluation.evaluate import evaluate_windows
 from awqkit.evaluation.packed_linear import PackedLinear
+from awqkit.numerics.divergence import token_kl
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.pipeline import run as pipeline_run
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from tiny_models import tiny_model, token_rows
 from torch import Tensor
 
-from awqkit.numerics.divergence import same_top1, token_kl
 from awqkit.evaluation.evaluate import Evaluation, evaluate_windows
 from awqkit.evaluation.perplexity import perplexity, token_losses
+from awqkit.numerics.divergence import same_top1, token_kl
 
 CPU = torch.device("cpu")
 WINDOWS = torch.tensor(token_rows(7, 24))

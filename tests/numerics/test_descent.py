@@ -43,7 +43,9 @@ def test_a_sweep_gives_every_weight_the_best_of_all_its_codes(
     start = _start(case, metric, kind, bits, group_size, symmetric)
     grid = start.grid
     scale, zero = per_column(grid.group_scale, group_size), per_column(grid.group_zero, group_size)
-    expected, margin = descent_sweep(case.weight, start.codes, scale, zero, bits, metric.refinement_moment, metric.order)
+    expected, margin = descent_sweep(
+        case.weight, start.codes, scale, zero, bits, metric.refinement_moment, metric.order
+    )
     found = descend(case.weight, start, metric)
     assert found.grid is grid
     assert equal_up_to_ties(found.codes, expected, margin, metric.order, 1e-3)

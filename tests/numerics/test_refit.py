@@ -88,7 +88,10 @@ def test_zero_points_move_where_they_were_wrong() -> None:
     off = Grid(4, 16, False, grid.group_scale, (grid.group_zero + 2).clamp(max=15))
     found = refit(case.weight, QuantizedWeight(codes, off), metric, BF16)
     assert bool((found.grid.group_zero != off.group_zero).any())
-    errors = [objective(error_of(case.weight, entry), metric.refinement_moment) for entry in (QuantizedWeight(codes, off), found)]
+    errors = [
+        objective(error_of(case.weight, entry), metric.refinement_moment)
+        for entry in (QuantizedWeight(codes, off), found)
+    ]
     assert errors[1] < 0.3 * errors[0]
 
 

@@ -28,7 +28,7 @@ def test_at_rest_a_tunable_block_computes_what_was_quantized(family: str) -> Non
     ids = token_ids(4, 12)
     for context, result, _ in quantized_blocks(tiny_model(family), RECIPE, ids):
         skeleton, index = context.skeleton, context.index
-        part, hidden, calls, _ = hidden_states(skeleton, ids).batch(0)
+        _, hidden, calls, _ = hidden_states(skeleton, ids).batch(0)
         tunable = tunable_block(context, result)
         found = tunable(hidden, calls[index])
         parameters = dict(context.block.named_parameters())

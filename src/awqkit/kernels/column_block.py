@@ -1,8 +1,8 @@
 """The two loops over the columns of one lazy block: rounding with error feedback, and coordinate descent.
 
 Column after column, so on a GPU a loop of torch operators is nothing but launches. The Triton bodies
-(`column_block_triton`) keep a tile of rows in registers and walk all columns of the block in one launch; the torch bodies
-here are the reference, and what a CPU runs. Tensors are transposed: `[columns, rows]`, a column is contiguous.
+(`column_block_triton`) keep a tile of rows in registers and walk all columns of the block in one launch; the torch
+bodies here are the reference, and what a CPU runs. Tensors are transposed: `[columns, rows]`, a column is contiguous.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 
-def round_block(weight: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def round_block(
+    weight: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
     """Steps q − z, and errors e = (w − ŵ) / U_jj, of the block's columns, each fed to the later ones.
 
     weight, scale, lowest, highest: float32 `[columns, rows]` (Δ and the range of steps for every weight); factor: the

@@ -74,7 +74,9 @@ def _descend_kernel(
         tile += feed[:, None] * change[None, :]
 
 
-def round_block(weight: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def round_block(
+    weight: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
     """See `column_block.round_block`."""
     weight, scale, lowest, highest = (each.contiguous() for each in (weight, scale, lowest, highest))
     steps, errors = torch.empty_like(weight), torch.empty_like(weight)

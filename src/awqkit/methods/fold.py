@@ -183,8 +183,8 @@ def fold_errors(
 ) -> tuple[float, float]:
     """The consumers' summed, row-weighted errors on the full H: of plain rounding at s = 1, and of what was chosen.
 
-    moment: H `[in, in]` of the input that they get, in the original's units. Both are measured from the weight aimed at;
-    the rows' own division r is the same on both sides.
+    moment: H `[in, in]` of the input that they get, in the original's units. Both are measured from the weight aimed
+    at; the rows' own division r is the same on both sides.
     """
     plain, chosen = 0.0, 0.0
     for linear, weight, row_weight in zip(consumers, scaled, row_weights, strict=True):
@@ -193,8 +193,13 @@ def fold_errors(
     return plain, chosen
 
 
-def smoothing_errors(scaled: Sequence[ScaledWeight], row_weights: Sequence[Tensor], tokens: Tensor) -> tuple[float, float]:
-    """What rounding the input per token adds to `fold_errors`: at s = 1, and at the chosen s. tokens: `[tokens, in]`."""
+def smoothing_errors(
+    scaled: Sequence[ScaledWeight], row_weights: Sequence[Tensor], tokens: Tensor
+) -> tuple[float, float]:
+    """What rounding the input per token adds to `fold_errors`: at s = 1, and at the chosen s.
+
+    tokens: `[tokens, in]`.
+    """
     plain, chosen = 0.0, 0.0
     for weight, row_weight in zip(scaled, row_weights, strict=True):
         ones = torch.ones_like(weight.channel_scale)

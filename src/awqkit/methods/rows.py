@@ -1,6 +1,8 @@
 """Rounding with end-loss sensitivity: rows meet in the objective, and later rows absorb the errors of earlier ones.
 
-    tr(G E H Eᵀ),   G = E[g gᵀ] of the gradient at the linear's output (YAQA, Tseng 2025, section 4; GuidedQuant, Kim 2025)
+    tr(G E H Eᵀ),   G = E[g gᵀ] of the gradient at the linear's output
+
+(YAQA, Tseng 2025, section 4; GuidedQuant, Kim 2025.)
 
 As GPTQ feeds a column's error through H⁻¹ to the later columns, a block of rows feeds its error through G⁻¹ to the
 later rows: with G⁻¹ = Uᵀ U in the order of the rows, W_later −= U_a,laterᵀ U_aa⁻ᵀ (W_a − Ŵ_a). Within a block rows are

@@ -155,8 +155,8 @@ class Skeleton:
     def head(self, device: torch.device) -> Iterator[Callable[[Tensor, Tensor, Tensor | None], Tensor]]:
         """A function (ids, hidden, mask) -> logits: what follows the last block, differentiable in `hidden`.
 
-        ids: `[rows, tokens]`, only to satisfy the model's own forward; hidden: `[rows, tokens, width]`, the last block's
-        output. The weights outside the blocks exist inside the context.
+        ids: `[rows, tokens]`, only to satisfy the model's own forward; hidden: `[rows, tokens, width]`, the last
+        block's output. The weights outside the blocks exist inside the context.
         """
         outside = [(path, module) for path, module in self._model.named_modules() if not self._inside_block(module)]
         originals = list(self._blocks)

@@ -1,6 +1,6 @@
 """Inputs rounded to 8 bits at run time, one scale a token: what W8A8 does to x.
 
-    x̂_t = round(x_t / Δ_t) · Δ_t,   Δ_t = max_j |x_tj| / 127
+x̂_t = round(x_t / Δ_t) · Δ_t,   Δ_t = max_j |x_tj| / 127
 """
 
 from __future__ import annotations

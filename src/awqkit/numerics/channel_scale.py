@@ -87,9 +87,7 @@ def candidates(
     return found
 
 
-def smooth_candidates(
-    max_abs: Tensor, column_max: Tensor, channel_of: Tensor, alpha: float | None
-) -> list[Candidate]:
+def smooth_candidates(max_abs: Tensor, column_max: Tensor, channel_of: Tensor, alpha: float | None) -> list[Candidate]:
     """SmoothQuant's s_j = max|X_j|^α / max|W_j|^(1 − α) at the given α, or at 21 of [0, 1] with the identity first.
 
     max_abs, column_max: `[in]` float32 ≥ 0, already tied. (Xiao 2022, equation 4.)

@@ -3,8 +3,8 @@
     R = (Ŵ − W)H;   ŵ_j ← nearest grid value of ŵ_j − R_j / H_jj
 
 (CDQuant, Nair 2024, section 3; QuantEase, Behdin 2023, section 3.) The objective tr(E H Eᵀ) is a parabola in each
-weight, so the nearest grid value to its vertex is the best one and no step raises it. All rows move at once: rows do not
-meet in the objective.
+weight, so the nearest grid value to its vertex is the best one and no step raises it. All rows move at once: rows do
+not meet in the objective.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def group_row_errors(grouped_error: Tensor, group_weights: Tensor) -> Tensor:
 
 
 def weighted_error(error: Tensor, moment: Tensor, row_weight: Tensor | None = None) -> float:
-    """Σ_i r_i (E H Eᵀ)_ii, or tr(G E H Eᵀ), as a number; row_weight: r `[out]`, G `[out, out]`, or None for all ones."""
+    """Σ_i r_i (E H Eᵀ)_ii, or tr(G E H Eᵀ), as a number. row_weight: r `[out]`, G `[out, out]`, or None: all ones."""
     if row_weight is not None and row_weight.dim() == 2:
         return max(float((row_weight * (error @ moment @ error.t())).sum()), 0.0)
     rows = row_errors(error, moment)

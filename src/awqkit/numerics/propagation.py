@@ -2,9 +2,9 @@
 
     W* = W + β W T,   T = (C − Ĥ)(Ĥ + λ)⁻¹,   C = E[x x̂ᵀ],  Ĥ = E[x̂ x̂ᵀ]
 
-With β = 1 W* x̂ is the least-squares answer to W x (QEP, Arai 2025, section 4; GPTAQ, Li 2025, section 3). Where x̂ is the input that
-the linear will really get, after everything before it was quantized. β < 1 keeps part of W: the whole correction fits
-errors of the calibration text that other text does not have.
+x̂ is the input that the linear will really get, after everything before it was quantized. With β = 1 W* x̂ is the
+least-squares answer to W x (QEP, Arai 2025, section 4; GPTAQ, Li 2025, section 3). β < 1 keeps part of W: the whole
+correction fits errors of the calibration text that other text does not have.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def _scale_changes(
     steps: Tensor, pull: Tensor, moment: Tensor, group_scale: Tensor, stored_dtype: torch.dtype
 ) -> Tensor:
     """What to add to Δ `[out, groups]`; 0 for rows that would not gain. steps, pull: `[out, groups, group_size]`."""
-    rows, groups, group_size = steps.shape
+    _, groups, group_size = steps.shape
     slope = (steps * pull).sum(dim=-1)
     products = [
         (steps[:, g] @ moment[g * group_size : (g + 1) * group_size]).reshape(steps.shape).mul_(steps).sum(dim=-1)

@@ -32,8 +32,8 @@ _MAX_ATTEMPTS = 6
 class RoundingMetric:
     """One linear input's H, ready for rounding.
 
-    moment: H `[in, in]` float32, undamped. damping: λ `[in]`, added to the diagonal. order: `[in]` int64, the columns as
-    they are rounded. factor: U `[in, in]` float32 upper triangular, rows and columns in `order`. damp_ratio: what was
+    moment: H `[in, in]` float32, undamped. damping: λ `[in]`, added to the diagonal. order: `[in]` int64, the columns
+    as they are rounded. factor: U `[in, in]` float32 upper triangular, rows and columns in `order`. damp_ratio: what was
     needed for a factorisation, at least what was asked for.
     """
 
@@ -52,8 +52,8 @@ class RoundingMetric:
     def refinement_moment(self) -> Tensor:
         """H with a thousandth of λ, `[in, in]`: what descent and refit minimise.
 
-        GPTQ needs damping against what it cannot take back. Descent and refit can, and with all of λ they pull away from
-        what the calibration says (docs/log.md); the rest of λ keeps dead channels finite.
+        GPTQ needs damping against what it cannot take back. Descent and refit can, and with all of λ they pull away
+        from what the calibration says (docs/log.md); the rest of λ keeps dead channels finite.
         """
         return self.moment + torch.diag(self.damping * _REFINEMENT_SHARE)
 
@@ -97,11 +97,11 @@ def moment_order(moment: Tensor) -> Tensor:
 
 
 def own_damping(moment: Tensor, damp_ratio: float, column_energy: Tensor | None = None) -> Tensor:
-    """λ_j = damp_ratio · H_jj + ε · mean_k(H_kk w_k²) / w_j², `[in]`: a share of every channel's own energy, and a floor.
+    """λ_j = damp_ratio · H_jj + ε · mean_k(H_kk w_k²) / w_j², `[in]`: a share of each channel's energy, and a floor.
 
     column_energy: w² `[in]`, mean squares of the weight's columns. The floor says that no column may move by much more
-    than its own size unless the output gains by it: a channel of nearly no energy would else be given weights hundreds of
-    times its own to absorb errors elsewhere, and a group's range with them. Both terms follow a channel scale: λ / s².
+    than its own size unless the output gains by it: a channel of nearly no energy would else be given weights hundreds
+    of times its own to absorb errors elsewhere, and a group's range with them. Both terms follow a channel scale: λ / s².
     Without column_energy the floor is only what keeps dead channels finite.
     """
     diagonal = moment.diagonal()

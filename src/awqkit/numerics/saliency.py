@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 # A share needs no more rows than this; all rows of a large linear would cost as much as judging a candidate.

@@ -22,7 +22,8 @@ class Statistics:
     """Sums over the tokens that one linear input was seen with; mergeable in any order.
 
     token_count: tokens seen; weight_sum: the sum of their weights, the same number where tokens count alike.
-    abs_sum, max_abs: `[in]` float32, units of x. sample: `[≤ 128, in]` float32, some of the tokens themselves. gram: `[in, in]` float32, a weighted sum.
+    abs_sum, max_abs: `[in]` float32, units of x. sample: `[≤ 128, in]` float32, some of the tokens themselves.
+    gram: `[in, in]` float32, a weighted sum.
     While accumulating only the tiles of `gram` on and above the diagonal are filled: `finished` mirrors them.
     """
 
@@ -121,8 +122,8 @@ def second_moment(statistics: Statistics) -> Tensor:
 class PairedStatistics:
     """What one linear input is on both streams, token by token.
 
-    quantized: of x̂, the input after everything before it was quantized. cross_gram: Σ_t ω_t x_t x̂_tᵀ `[in, in]` float32,
-    x of the original stream along the rows.
+    quantized: of x̂, the input after everything before it was quantized. cross_gram: Σ_t ω_t x_t x̂_tᵀ `[in, in]`
+    float32, x of the original stream along the rows.
     """
 
     quantized: Statistics

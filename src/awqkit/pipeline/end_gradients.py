@@ -31,7 +31,7 @@ class EndGradients:
         return self._gradients[block]
 
     def token_weight(self, block: int) -> Tensor:
-        """`[rows, tokens]` float32 with mean 1: the root of each token's mean squared gradient, cut at 20 × the mean."""
+        """`[rows, tokens]` float32, mean 1: the root of each token's mean squared gradient, cut at 20 × the mean."""
         weight = torch.stack([row.float().square().mean(dim=-1).sqrt() for row in self._gradients[block]])
         weight = weight / weight.mean().clamp(min=torch.finfo(torch.float32).tiny)
         weight = weight.clamp(max=_LARGEST_TOKEN_WEIGHT)
@@ -59,7 +59,7 @@ def measure_end_gradients(
             skeleton.release_block(index)
         step(index)
     _at_last_output(skeleton, rows, states, device, seed)
-    # a block's input is read once, so its gradient can take its place: [i] then holds the gradient at block i − 1's output
+    # a block's input is read once, so its gradient can take its place: [i] then holds that at block i − 1's output
     last = _on_disk(states.shape, folder)
     for part, gradient, _, _ in states.batches(0):
         last[part] = gradient.to("cpu", torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A block that computes with quantized weights, in the original's units: the folded model's function, nothing folded."""
+"""A block that computes with quantized weights in the original's units: the folded model's function, unfolded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from awqkit.pipeline.context import BlockContext
 
 @contextmanager
 def weights_replaced(context: BlockContext, quantized: Mapping[str, QuantizedLinear]) -> Iterator[None]:
-    """Inside, the linears named compute with what their codes mean; with 8-bit activations their inputs are rounded too."""
+    """Inside, the linears named compute with what their codes mean; for W8A8 their inputs are rounded, too."""
     parameters = dict(context.block.named_parameters())
     names = {context.structure.linear(name).weight: linear for name, linear in quantized.items()}
     try:

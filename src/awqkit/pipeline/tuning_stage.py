@@ -34,9 +34,7 @@ class TuningStart:
     held_out_rows: TokenRows | None
 
 
-def start_tuning(
-    skeleton: Skeleton, rows: TokenRows, held_out: TokenRows | None, device: torch.device
-) -> TuningStart:
+def start_tuning(skeleton: Skeleton, rows: TokenRows, held_out: TokenRows | None, device: torch.device) -> TuningStart:
     """The rows in the batches that tuning steps through."""
 
     def states(part: TokenRows) -> HiddenStates:
@@ -102,7 +100,7 @@ def finish_tuning(
     emit(TaskFinished(_TASK))
     fallback = None
     if before is not None and after is not None and not after < before:
-        fallback = f"held-out KL was no better after tuning ({after:.4e}, {before:.4e} before): scales left as they were"
+        fallback = f"held-out KL was no better after tuning ({after:.4e}, {before:.4e} before): scales left as before"
         return TuningDecision(recipe.tuning_epochs, before, after, fallback), [({}, {}) for _ in blocks]
     moved = [
         (
