@@ -33,8 +33,8 @@ class RoundingMetric:
     """One linear input's H, ready for rounding.
 
     moment: H `[in, in]` float32, undamped. damping: λ `[in]`, added to the diagonal. order: `[in]` int64, the columns
-    as they are rounded. factor: U `[in, in]` float32 upper triangular, rows and columns in `order`. damp_ratio: what was
-    needed for a factorisation, at least what was asked for.
+    as they are rounded. factor: U `[in, in]` float32 upper triangular, rows and columns in `order`. damp_ratio: what
+    was needed for a factorisation, at least what was asked for.
     """
 
     moment: Tensor
@@ -101,7 +101,7 @@ def own_damping(moment: Tensor, damp_ratio: float, column_energy: Tensor | None 
 
     column_energy: w² `[in]`, mean squares of the weight's columns. The floor says that no column may move by much more
     than its own size unless the output gains by it: a channel of nearly no energy would else be given weights hundreds
-    of times its own to absorb errors elsewhere, and a group's range with them. Both terms follow a channel scale: λ / s².
+    of times its own to absorb errors elsewhere, and a group's range with them. Both terms follow a channel scale: λ/s².
     Without column_energy the floor is only what keeps dead channels finite.
     """
     diagonal = moment.diagonal()
