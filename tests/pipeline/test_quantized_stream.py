@@ -200,5 +200,5 @@ def _codes(recipe: Recipe) -> Iterator[Tensor]:
 def test_the_first_input_is_the_same_on_both_streams_and_later_ones_are_not() -> None:
     none, half = (list(_codes(replace(BALANCED, propagation=strength))) for strength in (0.0, 0.5))
     differs = [float((a != b).float().mean()) for a, b in zip(none, half, strict=True)]
-    assert all(share < 1e-3 for share in differs[:3])  # q, k and v of the first block
-    assert all(share > 1e-2 for share in differs[3:])
+    assert all(share < 0.02 for share in differs[:3])  # q, k and v of the first block; H of inputs kept in bfloat16
+    assert all(share > 0.1 for share in differs[3:])

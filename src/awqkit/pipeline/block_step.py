@@ -25,7 +25,10 @@ from awqkit.numerics.grid import QuantizedWeight
 from awqkit.numerics.statistics import Statistics
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext, Stream, Streams
+from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.observe_block import (
+    input_again,
+    kept_input,
     measure_row_weights,
     observe,
     observe_pair,
@@ -67,13 +70,13 @@ class Observed:
     """What the calibration rows say of a block; every recipe of one `sensitivity` can be applied to it.
 
     row_weights: see `Measured`, empty where no recipe asks. token_weight: `[rows, tokens]` that the statistics were
-    taken with, or None. inputs: the rows' original stream at the block's input, if any recipe propagates.
+    taken with, or None. kept: the linear inputs themselves, if any recipe propagates.
     """
 
     statistics: Mapping[str, Statistics]
     row_weights: Mapping[str, Tensor]
     token_weight: Tensor | None
-    inputs: HiddenStates | None
+    kept: KeptInputs | None
 
     def measured_for(self, recipe: Recipe) -> Measured:
         """What a recipe gets of it: the same, whoever else asked for more."""
@@ -121,7 +124,10 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
     The recipes differ in nothing that the measurement depends on: seed and sensitivity.
     """
     original, gradients, index = streams.calibration.original, streams.gradients, context.index
-    inputs = original.copy() if any(recipe.propagates for recipe in recipes) else None
+    kept = None
+    if any(recipe.propagates for recipe in recipes):
+        rows, tokens, _ = original.shape
+        kept = KeptInputs(context.structure.inputs, rows, tokens, context.device)
     row_weights: Mapping[str, Tensor] = {}
     if gradients is not None:
         row_weights = measure_sensitivity(context, original, gradients.at(index))
@@ -129,7 +135,7 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
     elif any(_weighs_rows(recipe) for recipe in recipes):
         row_weights = measure_row_weights(context, streams.probe)
     token_weight = None if gradients is None else gradients.token_weight(index)
-    return Observed(observe(context, original, token_weight), row_weights, token_weight, inputs)
+    return Observed(observe(context, original, token_weight, kept), row_weights, token_weight, kept)
 
 
 def _weighs_rows(recipe: Recipe) -> bool:
@@ -184,14 +190,15 @@ def _evidence_of(
     """Without propagation the original stream's evidence; with it both streams are run up to the input in question."""
     if quantized_stream is None:
         return lambda entry, quantized: originals[entry.first]
-    assert observed.inputs is not None
-    calibration = Stream(observed.inputs, quantized_stream)
+    assert observed.kept is not None
+    original_at = kept_input(observed.kept)
 
     def evidence(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Evidence:
-        paired = observe_pair(context, calibration, entry, quantized, observed.token_weight)
+        paired = observe_pair(context, entry, original_at, quantized_stream, quantized, observed.token_weight)
         checked = None
-        if context.recipe.propagation == AUTO and held_out is not None:
-            checked = observe_pair(context, held_out, entry, quantized)
+        if context.recipe.propagation == AUTO and held_out is not None and held_out.quantized is not None:
+            again = input_again(context, held_out.original)
+            checked = observe_pair(context, entry, again, held_out.quantized, quantized)
         return propagated_evidence(
             paired, checked, readers_of(context, entry, measured), metric_choices(context.recipe)
         )

@@ -7,7 +7,6 @@ Fisher information (YAQA, Tseng 2025, section 4). Both sets of states lie in unl
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from awqkit.model.skeleton import Skeleton, run_block
 from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_per_batch
+from awqkit.pipeline.kept_inputs import tensor_on_disk
 
 _LARGEST_TOKEN_WEIGHT = 20.0  # times the mean: beyond it a few tokens would be all that counts
 
@@ -47,7 +47,7 @@ def measure_end_gradients(
     """
     tokens = usual_tokens_per_batch(device) // BATCH_DIVISOR
     states = HiddenStates(skeleton, rows, device, tokens_per_batch=tokens)
-    inputs = [_on_disk(states.shape, folder) for _ in range(skeleton.num_blocks)]
+    inputs = [tensor_on_disk(states.shape, folder) for _ in range(skeleton.num_blocks)]
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index, device)
         try:
@@ -60,7 +60,7 @@ def measure_end_gradients(
         step(index)
     _at_last_output(skeleton, rows, states, device, seed)
     # a block's input is read once, so its gradient can take its place: [i] then holds that at block i − 1's output
-    last = _on_disk(states.shape, folder)
+    last = tensor_on_disk(states.shape, folder)
     for part, gradient, _, _ in states.batches(0):
         last[part] = gradient.to("cpu", torch.bfloat16)
     for index in reversed(range(1, skeleton.num_blocks)):  # nobody asks for the gradient before the first block
@@ -101,9 +101,3 @@ def _at_last_output(skeleton: Skeleton, rows: TokenRows, states: HiddenStates, d
                     (-chosen[real]).sum().backward()
                 hidden[row] = leaf.grad[0]
             states.write(part, hidden)
-
-
-def _on_disk(shape: torch.Size, folder: Path) -> Tensor:
-    """A bfloat16 tensor backed by a file that is gone when the process is."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".awqkit-states-") as file:
-        return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=torch.bfloat16).reshape(shape)

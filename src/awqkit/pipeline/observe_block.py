@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -25,9 +25,12 @@ from awqkit.numerics.statistics import (
     finished_paired,
 )
 from awqkit.pipeline.activations import HiddenStates
-from awqkit.pipeline.context import BlockContext, Stream
+from awqkit.pipeline.context import BlockContext
+from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.plan import Probe
 from awqkit.pipeline.quantized_block import weights_replaced
+
+InputAt = Callable[[LinearInput, slice, BlockCall], Tensor]
 
 _SEED_STRIDE = 1_000_003  # keeps the probes of block i and seed j apart
 
@@ -108,10 +111,12 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
     return squares
 
 
-def observe(context: BlockContext, rows: HiddenStates, token_weight: Tensor | None = None) -> dict[str, Statistics]:
+def observe(
+    context: BlockContext, rows: HiddenStates, token_weight: Tensor | None = None, kept: KeptInputs | None = None
+) -> dict[str, Statistics]:
     """Statistics of every linear input, by its first reader; the rows move on to the block's output.
 
-    token_weight: `[rows, tokens]`, see `numerics.statistics`.
+    token_weight: `[rows, tokens]`, see `numerics.statistics`. kept: filled with the inputs themselves, if given.
     """
     by_weight = {context.structure.linear(entry.first).weight: entry for entry in context.structure.inputs}
     found = {entry.first: empty_statistics(entry.num_channels, context.device) for entry in context.structure.inputs}
@@ -119,9 +124,13 @@ def observe(context: BlockContext, rows: HiddenStates, token_weight: Tensor | No
     for part, hidden, call, mask in rows.batches(context.index):
         weight = _weights_of(token_weight, part, hidden)
 
-        def before(name: str, inputs: Tensor, mask: Tensor | None = mask, weight: Tensor | None = weight) -> None:
+        def before(
+            name: str, inputs: Tensor, part: slice = part, mask: Tensor | None = mask, weight: Tensor | None = weight
+        ) -> None:
             first = by_weight[name].first
             found[first] = accumulate_(found[first], inputs, mask, weight)
+            if kept is not None:
+                kept.keep(first, part, inputs)
 
         with torch.no_grad(), LinearWatch(watched, before=before):
             rows.write(part, run_block(context.block, hidden, call))
@@ -130,25 +139,37 @@ def observe(context: BlockContext, rows: HiddenStates, token_weight: Tensor | No
 
 def observe_pair(
     context: BlockContext,
-    stream: Stream,
     entry: LinearInput,
+    original_at: InputAt,
+    quantized_rows: HiddenStates,
     quantized: Mapping[str, QuantizedLinear],
     token_weight: Tensor | None = None,
 ) -> PairedStatistics:
     """One linear input on both streams, with the linears before it in `quantized` replaced on the second.
 
-    stream: both at the block's input; neither moves. Each run stops where the input is reached.
+    quantized_rows: at the block's input, where they stay; each run stops where the input is reached.
     """
-    assert stream.quantized is not None
     weight_name = context.structure.linear(entry.first).weight
     paired = empty_paired(entry.num_channels, context.device)
-    pairs = zip(stream.original.batches(context.index), stream.quantized.batches(context.index), strict=True)
-    for (part, hidden, call, mask), (_, hidden_quantized, _, _) in pairs:
-        original = _input_at(context, weight_name, hidden, call)
+    for part, hidden, call, mask in quantized_rows.batches(context.index):
         with weights_replaced(context, quantized):
-            reached = _input_at(context, weight_name, hidden_quantized, call)
-        paired = accumulate_paired_(paired, original, reached, mask, _weights_of(token_weight, part, hidden))
+            reached = _input_at(context, weight_name, hidden, call)
+        # both as the original is kept: where the streams are the same, C − Ĥ must be nothing
+        pair = (inputs.to(torch.bfloat16) for inputs in (original_at(entry, part, call), reached))
+        paired = accumulate_paired_(paired, *pair, mask, _weights_of(token_weight, part, hidden))
     return finished_paired(paired)
+
+
+def kept_input(kept: KeptInputs) -> InputAt:
+    """Original inputs as they were kept."""
+    return lambda entry, part, call: kept.at(entry.first, part)
+
+
+def input_again(context: BlockContext, rows: HiddenStates) -> InputAt:
+    """Original inputs by running the block again. rows: original stream at the block's input."""
+    return lambda entry, part, call: _input_at(
+        context, context.structure.linear(entry.first).weight, rows.rows_of(part), call
+    )
 
 
 def _input_at(context: BlockContext, weight_name: str, hidden: Tensor, call: BlockCall) -> Tensor:
