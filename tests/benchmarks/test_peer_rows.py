@@ -21,7 +21,9 @@ ROWS = [[5, 6, 7], [8, 9, 10]]
 def interpreter(tmp_path: Path, body: str) -> str:
     """An executable that stands for an environment's Python: it gets the arguments that a peer's script would get."""
     path = tmp_path / "python"
-    path.write_text(f"#!{sys.executable}\nimport json, sys\nfrom pathlib import Path\n{body}\n")
+    code = f"import json, sys\nfrom pathlib import Path\n{body}\n"
+    # through sh: a shebang cannot name an interpreter in a folder with spaces
+    path.write_text(f"#!/bin/sh\nexec \"{sys.executable}\" - \"$@\" <<'CODE'\n{code}CODE\n")
     path.chmod(0o755)
     return str(path)
 
