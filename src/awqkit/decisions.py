@@ -86,7 +86,7 @@ class LinearDecision:
     fallback: why a choice was undone for this linear, or None.
     clip_counts: both ends of all groups by the share that was kept, at `CLIP_POINTS`; empty without clip.
     saliency: (share of the input channels, share of plain rounding's output error that the most salient of them
-    carry), see `numerics.saliency`; empty without calibration.
+    carry), see `numerics.saliency`; empty without calibration. propagation: the strength β that was used.
     """
 
     name: str
@@ -101,6 +101,7 @@ class LinearDecision:
     fallback: str | None = None
     clip_counts: tuple[int, ...] = ()
     saliency: tuple[tuple[float, float], ...] = ()
+    propagation: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ def interpreter(tmp_path: Path, body: str) -> str:
     path = tmp_path / "python"
     code = f"import json, sys\nfrom pathlib import Path\n{body}\n"
     # through sh: a shebang cannot name an interpreter in a folder with spaces
-    path.write_text(f"#!/bin/sh\nexec \"{sys.executable}\" - \"$@\" <<'CODE'\n{code}CODE\n")
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" - "$@" <<\'CODE\'\n{code}CODE\n')
     path.chmod(0o755)
     return str(path)
 

@@ -139,3 +139,13 @@ def test_auto_differs_with_the_rows_held_out() -> None:
 def test_auto_with_no_rows_to_choose_on_makes_half_of_the_correction() -> None:
     choices = MetricChoices("energy", "own", 0.05, "auto")
     assert propagated_evidence(_paired(), None, _readers(), choices).strength == 0.5
+
+
+def test_damping_that_had_to_be_raised_is_said() -> None:
+    vector = torch.ones(CHANNELS)
+    statistics = finished(accumulate_(empty_statistics(CHANNELS), vector.unsqueeze(0)))  # rank one
+    readers = Readers((torch.randn(4, CHANNELS),), (torch.ones(4),))
+    raised = original_evidence(statistics, readers, MetricChoices("moment", "mean", 0.0, 0.0)).raised
+    assert raised is not None
+    assert raised.startswith("H could not be factorised with a damping of 0: ")
+    assert original_evidence(statistics, readers, MetricChoices("moment", "mean", 0.05, 0.0)).raised is None

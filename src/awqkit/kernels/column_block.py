@@ -41,8 +41,8 @@ def descend_block(
 ) -> tuple[Tensor, Tensor]:
     """Steps after each column moved to the best grid value, and how far every weight moved.
 
-    steps, scale, lowest, highest: float32 `[columns, rows]`; residual: (Ŵ − W)(H + λ) of the block's columns; moment:
-    the block of H + λ `[columns, columns]`. Returns two tensors like `steps`.
+    steps, scale, lowest, highest: float32 `[columns, rows]`; residual: (Ŵ − W)H of the block's columns; moment: the
+    block of H `[columns, columns]`. Returns two tensors like `steps`.
     """
     if _on_gpu(steps):
         return _triton().descend_block(steps, residual, scale, lowest, highest, moment)

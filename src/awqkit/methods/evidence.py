@@ -52,13 +52,14 @@ class Evidence:
     """moment: H `[in, in]` of the input that the linear gets (Ĥ of the quantized stream with propagation).
 
     metric: the same, ready for rounding, or None where no step needs it. shift: β T `[in, in]`, or None where the
-    weight itself is aimed at. strength: β.
+    weight itself is aimed at. strength: β. raised: why H needed more damping than was asked for, or None.
     """
 
     moment: Tensor
     metric: RoundingMetric | None
     shift: Tensor | None = None
     strength: float = 0.0
+    raised: str | None = None
 
     def target(self, weight: Tensor) -> Tensor:
         """The weight `[out, in]` to aim at: W + β W T."""
@@ -68,7 +69,10 @@ class Evidence:
 def original_evidence(statistics: Statistics, readers: Readers, choices: MetricChoices | None) -> Evidence:
     """From the original stream alone. choices: None where nothing needs a factorised H."""
     moment = second_moment(statistics)
-    return Evidence(moment, None if choices is None else _metric(moment, readers, choices))
+    if choices is None:
+        return Evidence(moment, None)
+    metric = _metric(moment, readers, choices)
+    return Evidence(moment, metric, raised=_raised(metric, choices))
 
 
 def propagated_evidence(
@@ -89,7 +93,13 @@ def propagated_evidence(
             cross_moment(held_out),
             second_moment(held_out.quantized),
         )
-    return Evidence(moment, metric, shift.mul_(strength) if strength else None, strength)
+    return Evidence(moment, metric, shift.mul_(strength) if strength else None, strength, _raised(metric, choices))
+
+
+def _raised(metric: RoundingMetric, choices: MetricChoices) -> str | None:
+    if metric.damp_ratio <= choices.damp_ratio:
+        return None
+    return f"H could not be factorised with a damping of {choices.damp_ratio:g}: {metric.damp_ratio:g} was used"
 
 
 def _metric(moment: Tensor, readers: Readers, choices: MetricChoices) -> RoundingMetric:

@@ -144,8 +144,8 @@ def quantize_linear(
             f"clip and rounding raised the output error under this scale "
             f"({errors[1]:.3e} > {errors[0]:.3e}): nearest rounding kept"
         )
-        return _decided(scaled, evidence.moment, plan, nearest, reason)
-    return _decided(scaled, evidence.moment, plan, chosen, None)
+        return _decided(scaled, evidence, plan, nearest, reason)
+    return _decided(scaled, evidence, plan, chosen, evidence.raised)
 
 
 def _restored(scaled: ScaledWeight, rounded: Rounded) -> Tensor:
@@ -153,8 +153,9 @@ def _restored(scaled: ScaledWeight, rounded: Rounded) -> Tensor:
 
 
 def _decided(
-    scaled: ScaledWeight, moment: Tensor | None, plan: LinearPlan, chosen: Rounded, fallback: str | None
+    scaled: ScaledWeight, evidence: Evidence | None, plan: LinearPlan, chosen: Rounded, fallback: str | None
 ) -> QuantizedLinear:
+    moment = None if evidence is None else evidence.moment
     original = scaled.original
     restored = _restored(scaled, chosen)
     plain = round_plainly(original, plan)
@@ -176,6 +177,7 @@ def _decided(
         clip_mean=chosen.clip_mean,
         fallback=fallback,
         clip_counts=chosen.clip_counts,
+        propagation=0.0 if evidence is None else evidence.strength,
         saliency=() if moment is None else saliency_shares(plain_restored - original, moment, SALIENT_CHANNEL_SHARES),
     )
     return QuantizedLinear(plan, chosen.quantized, scaled.channel_scale, restored, decision)

@@ -17,6 +17,7 @@ from awqkit.model.skeleton import Skeleton, run_block
 from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_per_batch
 from awqkit.pipeline.kept_inputs import tensor_on_disk
 
+BATCH_DIVISOR = 2  # a backward pass keeps what a forward pass drops
 _LARGEST_TOKEN_WEIGHT = 20.0  # times the mean: beyond it a few tokens would be all that counts
 
 
@@ -76,9 +77,6 @@ def measure_end_gradients(
             skeleton.release_block(index)
         step(index)
     return EndGradients([*inputs[1:], last])
-
-
-BATCH_DIVISOR = 2  # a backward pass keeps what a forward pass drops
 
 
 def _at_last_output(skeleton: Skeleton, rows: TokenRows, states: HiddenStates, device: torch.device, seed: int) -> None:
