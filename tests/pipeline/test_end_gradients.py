@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ def _expected(model: Any, blocks: list[str], ids: Tensor, mask: Tensor | None, s
     return [output.grad for output in outputs]
 
 
-def _measured(model: Any, ids: Tensor, mask: Tensor | None, folder: Path, seed: int = 0) -> EndGradients:
+def _measured(model: Any, ids: Tensor, mask: Tensor | None, seed: int = 0) -> EndGradients:
     skeleton = Skeleton(model.config, WeightsOf(model))
-    return measure_end_gradients(skeleton, TokenRows(ids, mask), CPU, seed, folder, lambda block: None)
+    return measure_end_gradients(skeleton, TokenRows(ids, mask), CPU, seed, lambda block: None)
 
 
 def _paths(model: Any) -> list[str]:
@@ -53,15 +54,13 @@ THREE_BLOCKS = {
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", THREE_BLOCKS)
-def test_gradients_at_every_blocks_output_are_those_of_the_whole_model(
-    family: str, padded: bool, tmp_path: Path
-) -> None:
+def test_gradients_at_every_blocks_output_are_those_of_the_whole_model(family: str, padded: bool) -> None:
     model, ids = tiny_model(family, num_hidden_layers=3, **THREE_BLOCKS[family]), token_ids(3, 16)
     mask = None
     if padded:
         mask = torch.ones(3, 16, dtype=torch.bool)
         mask[1, 10:] = False
-    found = _measured(model, ids, mask, tmp_path)
+    found = _measured(model, ids, mask)
     expected = _expected(model, _paths(model), ids, mask, seed=0)
     assert len(expected) == 3
     for index, gradient in enumerate(expected):
@@ -75,9 +74,9 @@ def test_gradients_at_every_blocks_output_are_those_of_the_whole_model(
     assert float((found.at(0).float() - expected[1]).norm() / expected[1].norm()) > 0.1
 
 
-def test_several_batches_are_walked_back_in_their_own_places(tmp_path: Path) -> None:
+def test_several_batches_are_walked_back_in_their_own_places() -> None:
     model, ids = tiny_model("llama"), token_ids(70, 60)  # two batches on a CPU
-    found = _measured(model, ids, None, tmp_path)
+    found = _measured(model, ids, None)
     rows = [0, 33, 34, 69]
     for row in rows:
         assert bool(found.at(0)[row].any())
@@ -102,9 +101,9 @@ def test_several_batches_are_walked_back_in_their_own_places(tmp_path: Path) -> 
         assert float((found.at(0)[row].float() - expected).norm() / expected.norm()) < 0.02
 
 
-def test_token_weights_have_mean_one_and_follow_the_gradients(tmp_path: Path) -> None:
+def test_token_weights_have_mean_one_and_follow_the_gradients() -> None:
     model, ids = tiny_model("llama"), token_ids(6, 24)
-    found = _measured(model, ids, None, tmp_path)
+    found = _measured(model, ids, None)
     for block in range(NUM_BLOCKS):
         weight = found.token_weight(block)
         assert weight.shape == ids.shape
@@ -129,7 +128,10 @@ def test_a_token_far_above_the_others_does_not_take_everything() -> None:
     assert bool(nothing.isfinite().all())
 
 
-def test_states_leave_no_file_and_every_block_of_both_passes_is_told(tmp_path: Path) -> None:
+def test_states_leave_no_file_and_every_block_of_both_passes_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = tiny_model("llama")
     skeleton, told = Skeleton(model.config, WeightsOf(model)), []
     left: list[list[str]] = []
@@ -138,15 +140,15 @@ def test_states_leave_no_file_and_every_block_of_both_passes_is_told(tmp_path: P
         told.append(block)
         left.append([entry.name for entry in tmp_path.iterdir()])
 
-    found = measure_end_gradients(skeleton, TokenRows(token_ids(3, 16)), CPU, 0, tmp_path, step)
+    found = measure_end_gradients(skeleton, TokenRows(token_ids(3, 16)), CPU, 0, step)
     assert told == [0, 1, 1]  # nobody asks for the gradient before the first block
     assert left == [[]] * 3  # unlinked as soon as they are open, so a killed run leaves none either
     assert bool(found.at(0).isfinite().all())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_labels_follow_the_seed(tmp_path: Path) -> None:
+def test_labels_follow_the_seed() -> None:
     model, ids = tiny_model("llama"), token_ids(3, 16)
-    found = [_measured(model, ids, None, tmp_path, seed).at(0).clone() for seed in (0, 0, 1)]
+    found = [_measured(model, ids, None, seed).at(0).clone() for seed in (0, 0, 1)]
     assert torch.equal(found[0], found[1])
     assert not torch.allclose(found[0], found[2], rtol=0.1)

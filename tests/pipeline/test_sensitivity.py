@@ -89,10 +89,10 @@ def test_g_is_the_second_moment_of_the_gradients_of_full_autograd(family: str, p
         advance(context, states, {})
 
 
-def test_it_takes_the_gradients_that_the_reverse_pass_measured(tmp_path: Path) -> None:
+def test_it_takes_the_gradients_that_the_reverse_pass_measured() -> None:
     model, ids = tiny_model("llama"), token_ids(4, 16)
     skeleton = Skeleton(model.config, WeightsOf(model))
-    ends = measure_end_gradients(skeleton, TokenRows(ids), CPU, 0, tmp_path, lambda block: None)
+    ends = measure_end_gradients(skeleton, TokenRows(ids), CPU, 0, lambda block: None)
     context = block_context(model, 0)
     found = measure_sensitivity(context, hidden_states(skeleton, ids), ends.at(0))
     gradients, _ = _full_autograd(model, [context.block_plan.path], ids, None)
@@ -116,7 +116,7 @@ def test_with_sensitivity_errors_cost_the_end_loss_less(tmp_path: Path, monkeypa
     monkeypatch.setattr(rows, "ROWS_AT_ONCE", 16)
     model, ids = tiny_model("llama"), token_ids(24, 24)
     skeleton = Skeleton(model.config, WeightsOf(model))
-    ends = measure_end_gradients(skeleton, TokenRows(ids), CPU, 0, tmp_path, lambda block: None)
+    ends = measure_end_gradients(skeleton, TokenRows(ids), CPU, 0, lambda block: None)
     paths = [skeleton.block_path(index) for index in range(2)]
     inputs: dict[str, Tensor] = {}
     handles = [

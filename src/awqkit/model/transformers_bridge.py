@@ -177,6 +177,41 @@ def full_model(
     return model.to(device).eval()
 
 
+def sample_tokens(
+    model: nn.Module, rows: torch.Tensor, num_tokens: int, seed: int, step: Callable[[int], None]
+) -> torch.Tensor:
+    """`rows` `[rows, tokens]` int64 with `num_tokens` more, drawn from the model's own distribution.
+
+    No end of text, temperature or cut of the distribution: what the checkpoint's generation config says is left aside.
+    seed: of the draw, which leaves torch's own random state as it was. step(done): called after each token.
+    """
+    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+    class Told(StoppingCriteria):
+        """Stops nothing; `generate` asks it after each token."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            step(input_ids.shape[1] - rows.shape[1])
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    usual, model.generation_config = model.generation_config, GenerationConfig()
+    sampling = GenerationConfig(
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=num_tokens, use_cache=True, pad_token_id=0
+    )
+    devices = [rows.device] if rows.device.type == "cuda" else []
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(seed)
+            return model.generate(
+                rows,
+                attention_mask=torch.ones_like(rows),
+                generation_config=sampling,
+                stopping_criteria=StoppingCriteriaList([Told()]),
+            )
+    finally:
+        model.generation_config = usual
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no notes from transformers inside; the CLI draws its own."""

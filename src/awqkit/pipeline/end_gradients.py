@@ -2,33 +2,32 @@
 
 One forward pass keeps every block's input, the output head gives the gradient at the last block's output, and one pass
 over the blocks in reverse carries it to the first. The labels are drawn from the model itself, so that E[g gᵀ] is the
-Fisher information (YAQA, Tseng 2025, section 4). Both sets of states lie in unlinked files, bfloat16.
+Fisher information (YAQA, Tseng 2025, section 4).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from awqkit.model.skeleton import Skeleton, run_block
 from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_per_batch
-from awqkit.pipeline.kept_inputs import tensor_on_disk
+from awqkit.pipeline.kept_states import kept_states
 
 BATCH_DIVISOR = 2  # a backward pass keeps what a forward pass drops
 _LARGEST_TOKEN_WEIGHT = 20.0  # times the mean: beyond it a few tokens would be all that counts
 
 
 class EndGradients:
-    """`[rows, tokens, width]` bfloat16 for every block, on disk."""
+    """`[rows, tokens, width]` bfloat16 for every block."""
 
     def __init__(self, gradients: list[Tensor]) -> None:
         self._gradients = gradients
 
     def at(self, block: int) -> Tensor:
-        """The gradient at the block's output for all rows, on the CPU."""
+        """The gradient at the block's output for all rows, wherever it is kept."""
         return self._gradients[block]
 
     def token_weight(self, block: int) -> Tensor:
@@ -40,30 +39,29 @@ class EndGradients:
 
 
 def measure_end_gradients(
-    skeleton: Skeleton, rows: TokenRows, device: torch.device, seed: int, folder: Path, step: Callable[[int], None]
+    skeleton: Skeleton, rows: TokenRows, device: torch.device, seed: int, step: Callable[[int], None]
 ) -> EndGradients:
-    """The gradients of −log p(label) summed over all tokens. folder: where the states may lie meanwhile.
+    """The gradients of −log p(label) summed over all tokens.
 
     step(block): called after each block of both passes.
     """
     tokens = usual_tokens_per_batch(device) // BATCH_DIVISOR
     states = HiddenStates(skeleton, rows, device, tokens_per_batch=tokens)
-    inputs = [tensor_on_disk(states.shape, folder) for _ in range(skeleton.num_blocks)]
+    *inputs, last = kept_states([states.shape] * (skeleton.num_blocks + 1), device)
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index, device)
         try:
             with torch.no_grad():
                 for part, hidden, call, _ in states.batches(index):
-                    inputs[index][part] = hidden.to("cpu", torch.bfloat16)
+                    inputs[index][part].copy_(hidden)
                     states.write(part, run_block(block, hidden, call))
         finally:
             skeleton.release_block(index)
         step(index)
     _at_last_output(skeleton, rows, states, device, seed)
     # a block's input is read once, so its gradient can take its place: [i] then holds that at block i − 1's output
-    last = tensor_on_disk(states.shape, folder)
     for part, gradient, _, _ in states.batches(0):
-        last[part] = gradient.to("cpu", torch.bfloat16)
+        last[part].copy_(gradient)
     for index in reversed(range(1, skeleton.num_blocks)):  # nobody asks for the gradient before the first block
         block = skeleton.load_block(index, device)
         try:
@@ -72,7 +70,7 @@ def measure_end_gradients(
                 with torch.enable_grad():
                     run_block(block, hidden, call).backward(gradient)
                 states.write(part, hidden.grad)
-                inputs[index][part] = hidden.grad.to("cpu", torch.bfloat16)
+                inputs[index][part].copy_(hidden.grad)
         finally:
             skeleton.release_block(index)
         step(index)

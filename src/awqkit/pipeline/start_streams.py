@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -39,7 +37,7 @@ def start_streams(
 
     gradients = None
     if recipe.sensitivity != "none":
-        gradients = measure_end_gradients(skeleton, rows, device, recipe.seed, Path(tempfile.gettempdir()), step)
+        gradients = measure_end_gradients(skeleton, rows, device, recipe.seed, step)
     return Streams(
         calibration=stream(rows, BATCH_DIVISOR if gradients is not None else 1),
         probe=HiddenStates(skeleton, rows.rows(slice(0, _PROBE_ROWS)), device),
