@@ -153,7 +153,10 @@ class TuningDecision:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSummary:
-    """Which text was read and how much of it was used; nothing is dropped in silence."""
+    """Which text was read and how much of it was used; nothing is dropped in silence.
+
+    generated_rows, generated_held_out_rows: beside `rows` and `held_out_rows`, written by the model itself.
+    """
 
     source: str
     documents_found: int
@@ -164,6 +167,8 @@ class CalibrationSummary:
     tokens_per_row: int
     start_tokens: tuple[int, ...]
     tokens_used: int
+    generated_rows: int = 0
+    generated_held_out_rows: int = 0
 
     @property
     def tokens_left(self) -> int:

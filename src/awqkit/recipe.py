@@ -4,7 +4,7 @@ A method is not a class. It is a choice in five slots: channel scale, grid, roun
 
     Recipe.preset("fast")       channel scales from two families, two-ended clip, nearest rounding
     Recipe.preset("balanced")   the same weighted by conditional variance, GPTQ, descent and refit, propagation
-    Recipe.preset("best")       four rounds of descent and refit, end-loss sensitivity
+    Recipe.preset("best")       two rounds of descent and refit, end-loss sensitivity, tuning, more of its own text
     Recipe.method("rtn")        round to nearest, nothing else; needs no calibration text
     Recipe.method("awq")        the AWQ paper's scale family, two-ended clip
     Recipe.method("gptq")       GPTQ as published: act-order, mean damping, no clip
@@ -61,11 +61,12 @@ _BALANCED: dict[str, Any] = {
     "refinement": ("descent", "refit"),
     "rounds": 1,
     "propagation": 0.5,
+    "generated": 0.125,
 }
 _PRESETS: dict[str, dict[str, Any]] = {
     "fast": _FAST,
     "balanced": _BALANCED,
-    "best": {**_BALANCED, "rounds": 4, "sensitivity": "end-loss", "tuning_epochs": 4},
+    "best": {**_BALANCED, "rounds": 2, "sensitivity": "end-loss", "tuning_epochs": 4, "generated": 0.5},
 }
 _TEXTBOOK: dict[str, Any] = {"channel_scale": "none", "clip": "none"}
 _METHODS: dict[str, dict[str, Any]] = {
@@ -118,6 +119,7 @@ class Recipe:
     ignore: globs on full module paths; a linear that matches stays in full precision.
     calibration: path of a .txt or .jsonl file, "builtin", or the name of a hub dataset.
     samples, seq_len, seed: calibration rows, tokens per row, and the seed that chooses them.
+    generated: rows that the model writes itself, beside each of `samples`; 0.5 makes half as many more.
     """
 
     name: str = "custom"
@@ -146,6 +148,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     calibration: str = "builtin"
     samples: int = 128
+    generated: float = 0.0
     seq_len: int = 512
     seed: int = 0
 
@@ -169,6 +172,7 @@ class Recipe:
             _share("smooth_alpha", self.smooth_alpha)
         if self.propagation != AUTO:
             _share("propagation", self.propagation, f" or {AUTO!r}")
+        _share("generated", self.generated)
         _whole("samples", self.samples, 1, 1 << 24)
         _whole("seq_len", self.seq_len, 8, 1 << 20)
         _whole("seed", self.seed, 0, (1 << 63) - 1)

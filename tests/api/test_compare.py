@@ -159,7 +159,8 @@ def test_progress_names_every_block_and_the_text(folder: Path) -> None:
     events: list[Event] = []
     _compare(folder, ("fp", "fast", "best"), emit=events.append)
     assert [event.index for event in events if isinstance(event, BlockFinished)] == [0, 1]
-    assert [event.name for event in events if isinstance(event, TaskStarted)][:2] == ["gradient step", "block"]
+    started = [event.name for event in events if isinstance(event, TaskStarted)]
+    assert started[:3] == ["step of the model's own text", "gradient step", "block"]
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert any(text.startswith("5 of ") and text.endswith("far.txt") for text in notices)
     assert any(text.startswith("calibration: 9 rows and 1 held out") for text in notices)

@@ -20,16 +20,17 @@ from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline import block_step
 from awqkit.pipeline import compare as compare_module
 from awqkit.pipeline.activations import TokenRows
-from awqkit.pipeline.compare import Compared, CompareRows, Contender, compare_recipes
+from awqkit.pipeline.compare import Compared, CompareRows, Contender, LearningRows, compare_recipes
 from awqkit.pipeline.plan import look_at, plan_linears
 from awqkit.pipeline.quantized_block import advance
 
+NO_OWN_TEXT = {"group_size": GROUP, "generated": 0.0}  # so that all learn from the same rows
 RECIPES = {
     "rtn": Recipe.method("rtn", group_size=GROUP),
     "gptq": Recipe.method("gptq", group_size=GROUP),
     "fast": Recipe.preset("fast", group_size=GROUP),
-    "balanced": Recipe.preset("balanced", group_size=GROUP),
-    "auto": Recipe.preset("balanced", group_size=GROUP, propagation="auto", bits=3, format="compressed-tensors"),
+    "balanced": Recipe.preset("balanced", **NO_OWN_TEXT),
+    "auto": Recipe.preset("balanced", propagation="auto", bits=3, format="compressed-tensors", **NO_OWN_TEXT),
     "gptq, corrected": Recipe.method("gptq", group_size=GROUP, propagation="auto"),
     "smoothquant": Recipe.method("smoothquant"),
 }
@@ -48,7 +49,8 @@ def _compare(
     for label, recipe in recipes.items():
         plan = plan_linears(skeleton, found, recipe, torch.bfloat16, awq.why_not_held, awq.fused_partners)
         contenders.append(Contender(label, recipe, plan))
-    rows = CompareRows(TokenRows(CALIBRATION), None if held is None else TokenRows(held), TokenRows(MEASURED))
+    learning = LearningRows(TokenRows(CALIBRATION), None if held is None else TokenRows(held))
+    rows = CompareRows({recipe.generated: learning for recipe in recipes.values()}, TokenRows(MEASURED))
     return compare_recipes(skeleton, contenders, rows, CPU, emit)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from awqkit.model.transformers_bridge import TextEncoder
 from awqkit.pipeline.activations import TokenRows
 from awqkit.recipe import Recipe
 
+_MAX_START_TOKENS = 4
 _HELD_OUT_SHARE = 8  # one row held out for every so many calibration rows
 
 
@@ -72,10 +74,17 @@ def given_rows(token_ids: Sequence[Sequence[int]]) -> CalibrationRows:
         rows=int((~held).sum()),
         held_out_rows=int(held.sum()),
         tokens_per_row=ids.shape[1],
-        start_tokens=(),
+        start_tokens=_start_of_all(token_ids),
         tokens_used=used,
     )
     return CalibrationRows(parts[0], parts[1] if bool(held.any()) else None, summary)
+
+
+def _start_of_all(token_ids: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """What all rows begin with: the start tokens that the caller put there, if so few that they can be these."""
+    same = (len(set(column)) == 1 for column in zip(*token_ids, strict=False))
+    common = tuple(token_ids[0][: sum(1 for _ in takewhile(bool, same))])
+    return common if len(common) <= _MAX_START_TOKENS else ()
 
 
 def rows_text(used: CalibrationSummary) -> str:

@@ -20,6 +20,7 @@ from awqkit.api.contenders import DEFAULT_BITS, METHODS, ORIGINAL, NamedRecipe, 
 from awqkit.api.device import choose_device
 from awqkit.api.entries import Entry, entries_for, original_bits
 from awqkit.api.evaluate import text_windows
+from awqkit.api.generated_rows import with_generated
 from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
 from awqkit.calibration.sources import Documents, read_documents
 from awqkit.checkpoint.hub import resolve_model
@@ -32,7 +33,7 @@ from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import TextEncoder, load_config, load_text_encoder
 from awqkit.options import RunOptions
 from awqkit.pipeline.activations import HiddenStates, TokenRows
-from awqkit.pipeline.compare import EVALUATE, Compared, CompareRows, compare_recipes
+from awqkit.pipeline.compare import EVALUATE, Compared, CompareRows, LearningRows, compare_recipes
 
 DEFAULT_WINDOWS = 32
 _TASK = "window"
@@ -132,13 +133,11 @@ def compare(
     entered, skipped = entries_for(checkpoint, skeleton, named, device)
     for line in skipped:
         emit(Caution(line))
-    compared = compare_recipes(
-        skeleton,
-        [each.contender for each in entered],
-        CompareRows(None if rows is None else rows.calibration, None if rows is None else rows.held_out, evaluation),
-        device,
-        emit,
-    )
+    generating = time.monotonic()
+    learning = {} if rows is None else _learning_rows(rows, entered, checkpoint, skeleton, device, options, emit)
+    generated = time.monotonic() - generating
+    contenders = [each.contender for each in entered]
+    compared = compare_recipes(skeleton, contenders, CompareRows(learning, evaluation), device, emit)
     measuring = time.monotonic()
     scores = _scores(skeleton, texts, len(encoder.start_tokens), compared, device, emit)
     measured = compared.shared_seconds.get(EVALUATE, 0.0) + time.monotonic() - measuring
@@ -150,7 +149,7 @@ def compare(
         tokens_per_window=seq_len,
         calibration=None if rows is None else rows.summary,
         skipped=tuple(skipped),
-        shared_seconds={**compared.shared_seconds, EVALUATE: measured},
+        shared_seconds={"generate": generated, **compared.shared_seconds, EVALUATE: measured},
         seconds=time.monotonic() - started,
     )
 
@@ -204,6 +203,24 @@ def _calibration_rows(
     refuse_unknown_tokens(rows.calibration, skeleton)
     emit(Notice(rows_text(rows.summary)))
     return rows
+
+
+def _learning_rows(
+    rows: CalibrationRows,
+    entered: Sequence[Entry],
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    device: torch.device,
+    options: RunOptions,
+    emit: Emit,
+) -> dict[float, LearningRows]:
+    """By `Recipe.generated` the rows of the text, and with them what the model writes for recipes that ask for it."""
+    found = {}
+    for recipe in (each.contender.recipe for each in entered):
+        if recipe.needs_calibration and recipe.generated not in found:
+            all_rows = with_generated(rows, recipe, checkpoint, skeleton, device, options, emit)
+            found[recipe.generated] = LearningRows(all_rows.calibration, all_rows.held_out)
+    return found
 
 
 def _scores(

@@ -13,6 +13,7 @@ import torch
 
 from awqkit.api.calibration_rows import CalibrationRows, given_rows, rows_text, text_rows
 from awqkit.api.device import choose_device
+from awqkit.api.generated_rows import with_generated
 from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
 from awqkit.api.report_page import check_report_path, write_report
 from awqkit.checkpoint.hub import resolve_model
@@ -93,6 +94,10 @@ def quantize(
     cautions = tuple(written.cautions(shapes, scheme))
     for text in (*_idle_globs(recipe, plan, skeleton), *cautions):
         emit(Caution(text))
+    generating = time.monotonic()
+    if rows is not None:
+        rows = with_generated(rows, recipe, checkpoint, skeleton, device, options, emit)
+    generated = time.monotonic() - generating
     job = Run(checkpoint, skeleton, recipe, plan, layout, written, device)
     with CheckpointWriter(out, plan_layout(layout.specs), options.overwrite) as writer:
         held_out = None if rows is None else rows.held_out
@@ -116,7 +121,7 @@ def quantize(
         )
         _write_companions(writer, checkpoint, settings, report)
         seconds = time.monotonic() - started
-        timings = {"seconds": seconds, "stages": outcome.seconds}
+        timings = {"seconds": seconds, "stages": {"generate": generated, **outcome.seconds}}
         writer.write_json(TIMINGS_FILE, timings)
         writer.commit()
     if report_page is not None:

@@ -24,7 +24,9 @@ ALPHA_SEARCHES = ("group", "layer")
 # Recipe field (or preset choice) and its flag. The destination has the field's name; None there means "not given".
 RECIPE_FLAGS = {
     **{field: f"--{field}" for field in ("quality", "method", "format", "bits", "symmetric", "dtype", "ignore")},
-    **{field: f"--{field}" for field in ("importance", "clip", "rounds", "calibration", "samples", "seed")},
+    **{
+        field: f"--{field}" for field in ("importance", "clip", "rounds", "calibration", "samples", "generated", "seed")
+    },
     "group_size": "--group-size",
     "alpha_search": "--alpha-search",
     "smooth_alpha": "--smooth-alpha",
@@ -60,7 +62,7 @@ def unused_flags(args: argparse.Namespace, recipe: Recipe) -> list[str]:
         ("alpha_search", "importance"): (recipe.channel_scale == "search", "searches no channel scales"),
         ("smooth_alpha",): (recipe.channel_scale == "smooth", "does not smooth activations"),
         ("rounds",): (bool(recipe.refinement), "refines no codes"),
-        ("calibration",): (recipe.needs_calibration, "looks at no text"),
+        ("calibration", "generated"): (recipe.needs_calibration, "looks at no text"),
     }
     sentences = []
     for fields, (is_read, reason) in reads.items():
@@ -142,6 +144,11 @@ def _add_calibration_options(parser: Parser) -> None:
         ("--seed", default.seed, "of the choice of rows"),
     ):
         group.add_argument(flag, type=whole_number(0), metavar="N", help=f"{meaning} (default: {value})")
+    group.add_argument(
+        "--generated", type=share, metavar="SHARE",
+        help="rows that the model writes itself, beside each row of text: 0.5 makes half as many more (default: "
+        f"{default.generated:g}, {Recipe.preset('best').generated:g} for best, 0 for fast and the methods)",
+    )  # fmt: skip
 
 
 def _add_advanced_options(parser: Parser) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from awqkit.model.transformers_bridge import sample_tokens
 
-_ROWS_AT_ONCE = 128  # a step over many rows takes about as long as one over few
+PASSAGE = 128  # tokens: several short passages a row cover more subjects than one long one, and are written faster
+_AT_ONCE = 256  # a step over many passages takes a GPU about as long as one over few
 
 
 def generate_rows(
@@ -24,34 +25,43 @@ def generate_rows(
 ) -> Tensor:
     """Token ids `[num_rows, seq_len]` int64 on the CPU, drawn from the model at temperature 1, nothing left out.
 
-    model: a causal language model of transformers. Each row is the start tokens, one token drawn from the whole
-    vocabulary, which is what makes rows differ in language and subject, and what the model goes on with; an end of text
-    ends nothing. seed: of both draws. step(done, total): called after each token of a batch of rows.
+    model: a causal language model of transformers. A row is the start tokens and passages of up to 128 tokens with
+    nothing between them. A passage is one token drawn from the whole vocabulary, which is what makes them differ in
+    language and subject, and what the model goes on with; an end of text ends nothing. seed: of both draws.
+    step(done, total): called after each token of every passage under way.
 
-    Training on what the model itself writes is the data-free calibration of LLM-QAT (Liu 2023, section 3.1) and of
-    self-calibration (Williams 2025, section 3).
+    What a model writes as data to adapt it with: LLM-QAT (Liu 2023, section 3.1), as calibration text: Williams 2025
+    ("Self-calibration for language model quantization and pruning", section 3).
     """
+    prefix = torch.tensor([*start_tokens], dtype=torch.int64)[:seq_len]
+    wanted = seq_len - len(prefix)
+    length = max(1, min(PASSAGE, wanted))
+    per_row = -(-wanted // length)
+    first = torch.randint(vocabulary_size, (num_rows * per_row, 1), generator=torch.Generator().manual_seed(seed))
+    begun = torch.cat([prefix.expand(len(first), -1), first], dim=1)
+    written = _continued(model, begun, length - 1, seed, step)[:, len(prefix) :]
+    return torch.cat([prefix.expand(num_rows, -1), written.reshape(num_rows, -1)[:, :wanted]], dim=1)
+
+
+def _continued(model: nn.Module, begun: Tensor, num_tokens: int, seed: int, step: Callable[[int, int], None]) -> Tensor:
+    """Every passage with `num_tokens` more; fewer at once where the device has no room for so many."""
+    if num_tokens == 0:
+        return begun
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(vocabulary_size, (num_rows, 1), generator=generator)
-    begun = torch.cat([torch.tensor([*start_tokens], dtype=torch.int64).expand(num_rows, -1), first], dim=1)
-    missing = seq_len - begun.shape[1]
-    if missing <= 0:
-        return begun[:, :seq_len]
     found: list[Tensor] = []
-    at_once, done, total = _ROWS_AT_ONCE, 0, num_rows
-    while done < num_rows:
+    at_once, done = _AT_ONCE, 0
+    while done < len(begun):
         part = begun[done : done + at_once]
 
         def told(tokens: int, done: int = done, size: int = len(part)) -> None:
-            step(done * missing + tokens * size, total * missing)
+            step(done * num_tokens + tokens * size, len(begun) * num_tokens)
 
         try:
-            found.append(sample_tokens(model, part.to(device), missing, seed + done, told).cpu())
+            found.append(sample_tokens(model, part.to(device), num_tokens, seed + done, told).cpu())
         except torch.OutOfMemoryError:
             if at_once == 1:
                 raise
-            at_once = max(1, at_once // 2)
+            at_once //= 2
             continue
         done += len(part)
     return torch.cat(found)

@@ -25,6 +25,17 @@ class TokenRows:
         """The rows of a slice."""
         return TokenRows(self.ids[part], None if self.mask is None else self.mask[part])
 
+    def joined(self, other: TokenRows) -> TokenRows:
+        """These rows and then the other's, of the same length."""
+        mask = None
+        if self.mask is not None or other.mask is not None:
+            masks = [
+                torch.ones_like(rows.ids, dtype=torch.bool) if rows.mask is None else rows.mask
+                for rows in (self, other)
+            ]
+            mask = torch.cat(masks)
+        return TokenRows(torch.cat([self.ids, other.ids]), mask)
+
 
 class HiddenStates:
     """What the next block reads: `[rows, tokens, width]` float32, visited batch by batch and overwritten in place.

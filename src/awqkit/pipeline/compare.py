@@ -41,6 +41,8 @@ from awqkit.recipe import Recipe
 _TASK, _GRADIENT_TASK = "block", "gradient step"
 START, OBSERVE, EVALUATE = "start", "observe", "evaluate"  # stages that no contender has alone
 
+_Kind = tuple[str, float]  # what recipes that share streams and statistics have in common: see `_kind`
+
 
 @dataclass(frozen=True, slots=True)
 class Contender:
@@ -52,11 +54,18 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True)
-class CompareRows:
-    """Token rows: for the statistics, for the check on held-out ones (both None where no recipe looks), to evaluate."""
+class LearningRows:
+    """Token rows for the statistics, and for the check on held-out ones, None where there are none."""
 
-    calibration: TokenRows | None
+    calibration: TokenRows
     held_out: TokenRows | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRows:
+    """Token rows to evaluate, and by `Recipe.generated` those that recipes with so much of it learn from."""
+
+    learning: Mapping[float, LearningRows]
     evaluation: TokenRows
 
 
@@ -98,14 +107,14 @@ class _Lane:
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """What the whole pass shares. streams: by the recipes' sensitivity."""
+    """What the whole pass shares. streams: by kind of recipe. tuning: by `Recipe.generated`."""
 
     skeleton: Skeleton
     device: torch.device
     lanes: tuple[_Lane, ...]
-    streams: Mapping[str, Streams]
+    streams: Mapping[_Kind, Streams]
     original: HiddenStates
-    tuning: TuningStart | None
+    tuning: Mapping[float, TuningStart]
     clock: StageClock
 
 
@@ -155,30 +164,31 @@ def _course(
     clock: StageClock,
     emit: Emit,
 ) -> _Course:
-    streams: dict[str, Streams] = {}
+    streams: dict[_Kind, Streams] = {}
     num_streams = 2 * len(contenders) + 4  # calibration and evaluation rows of each, and the original's
     for recipe in (contender.recipe for contender in contenders):
-        if recipe.needs_calibration and recipe.sensitivity not in streams:
-            assert rows.calibration is not None
-            streams[recipe.sensitivity] = _shared_streams(skeleton, recipe, rows, device, num_streams, clock, emit)
+        if recipe.needs_calibration and _kind(recipe) not in streams:
+            learning = rows.learning[recipe.generated]
+            streams[_kind(recipe)] = _shared_streams(skeleton, recipe, learning, device, num_streams, clock, emit)
     original = HiddenStates(skeleton, rows.evaluation, device, num_streams=num_streams)
     lanes = tuple(_lane(contender, streams, original) for contender in contenders)
-    tuning = None
-    if any(lane.tunes for lane in lanes):
-        tuning = start_tuning(skeleton, rows.calibration, rows.held_out, device)
+    tuning = {}
+    for share in {lane.contender.recipe.generated for lane in lanes if lane.tunes}:
+        learning = rows.learning[share]
+        tuning[share] = start_tuning(skeleton, learning.calibration, learning.held_out, device)
     return _Course(skeleton, device, lanes, streams, original, tuning, clock)
 
 
 def _shared_streams(
     skeleton: Skeleton,
     recipe: Recipe,
-    rows: CompareRows,
+    rows: LearningRows,
     device: torch.device,
     num_streams: int,
     clock: StageClock,
     emit: Emit,
 ) -> Streams:
-    """The original streams for all recipes of this one's sensitivity; quantized ones belong to the lanes."""
+    """The original streams for all recipes of this one's kind; quantized ones belong to the lanes."""
     alone = replace(recipe, propagation=0.0)
     if recipe.sensitivity == "none":
         return start_streams(skeleton, alone, rows.calibration, rows.held_out, device, lambda index: None, num_streams)
@@ -198,11 +208,11 @@ def _shared_streams(
     return streams
 
 
-def _lane(contender: Contender, streams: Mapping[str, Streams], original: HiddenStates) -> _Lane:
+def _lane(contender: Contender, streams: Mapping[_Kind, Streams], original: HiddenStates) -> _Lane:
     recipe = contender.recipe
     if not recipe.needs_calibration:
         return _Lane(contender, original.copy(), None)
-    shared = streams[recipe.sensitivity]
+    shared = streams[_kind(recipe)]
     lane = _Lane(contender, original.copy(), shared)
     if recipe.propagates:
         lane.calibration = shared.calibration.original.copy()
@@ -223,7 +233,7 @@ def _one_block(course: _Course, block: nn.Module, index: int, tell: Callable[[st
         None if lane.streams is None else prove_block(context, lane.streams.probe)
         for lane, context in zip(course.lanes, contexts, strict=True)
     ]
-    observed: dict[str, Observed] = {}
+    observed: dict[_Kind, Observed] = {}
     for kind, streams in course.streams.items():
         of_kind = [context for context in contexts if _is_of_kind(context.recipe, kind)]
         observed[kind] = observe_block(of_kind[0], streams, [context.recipe for context in of_kind])
@@ -236,7 +246,7 @@ def _one_block(course: _Course, block: nn.Module, index: int, tell: Callable[[st
             choice, result = quantize_observed(
                 context,
                 proof,
-                observed[context.recipe.sensitivity],
+                observed[_kind(context.recipe)],
                 lane.calibration,
                 _held_out(lane),
                 lambda stage, label=lane.contender.label: tell(f"{label}: {stage}"),
@@ -246,8 +256,12 @@ def _one_block(course: _Course, block: nn.Module, index: int, tell: Callable[[st
         _run_original(block, index, states)
 
 
-def _is_of_kind(recipe: Recipe, kind: str) -> bool:
-    return recipe.needs_calibration and recipe.sensitivity == kind
+def _kind(recipe: Recipe) -> _Kind:
+    return recipe.sensitivity, recipe.generated
+
+
+def _is_of_kind(recipe: Recipe, kind: _Kind) -> bool:
+    return recipe.needs_calibration and _kind(recipe) == kind
 
 
 def _held_out(lane: _Lane) -> Stream | None:
@@ -277,12 +291,12 @@ def _tune(course: _Course, lane: _Lane, emit: Emit) -> None:
     """Tune the lane's blocks together and take its evaluation rows through them."""
     contender = lane.contender
     course.clock.enter(contender.label)
-    assert course.tuning is not None and lane.streams is not None
+    assert lane.streams is not None
     decision, moved = finish_tuning(
         course.skeleton,
         contender.recipe,
         contender.plan.stored_dtype,
-        course.tuning,
+        course.tuning[contender.recipe.generated],
         lane.streams,
         lane.blocks,
         emit,

@@ -1,0 +1,91 @@
+"""Calibration rows that the model writes itself, beside those of the text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from awqkit.api.calibration_rows import CalibrationRows
+from awqkit.checkpoint.reader import Checkpoint
+from awqkit.errors import AwqkitError
+from awqkit.events import Caution, Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted
+from awqkit.model.generate import generate_rows
+from awqkit.model.skeleton import Skeleton
+from awqkit.model.transformers_bridge import full_model
+from awqkit.options import RunOptions
+from awqkit.pipeline.activations import TokenRows
+from awqkit.recipe import Recipe
+
+_TASK = "step of the model's own text"
+_NONE = "the model writes no calibration rows of its own, the text is used alone: {}; --generated 0 asks for that"
+_GIST_CHARS = 160
+_ROOM = 1.3  # memory ÷ weights: what the cache of a few passages and the activations need beside them
+
+
+def with_generated(
+    rows: CalibrationRows,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    device: torch.device,
+    options: RunOptions,
+    emit: Emit,
+) -> CalibrationRows:
+    """The rows, and behind them `recipe.generated` times as many that the model wrote, of the held-out ones as well.
+
+    A model that does not fit into memory as a whole, or cannot generate, writes nothing: a Caution says so, and the
+    summary has 0 rows.
+    """
+    counts = [round(recipe.generated * count) for count in (rows.summary.rows, rows.summary.held_out_rows)]
+    if not sum(counts):
+        return rows
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    needed, free = _needed_bytes(checkpoint, dtype), _free_bytes(device)
+    if free is not None and needed > free:
+        reason = f"as a whole it takes {needed / 1e9:.1f} GB, and {device.type} has {free / 1e9:.1f} GB free"
+        emit(Caution(_NONE.format(reason)))
+        return rows
+    emit(TaskStarted(_TASK, 1))
+    try:
+        model = full_model(checkpoint.directory, dtype, device, trust_remote_code=options.trust_remote_code)
+        ids = generate_rows(
+            model,
+            skeleton.vocabulary_size,
+            num_rows=sum(counts),
+            seq_len=rows.calibration.ids.shape[1],
+            seed=recipe.seed,
+            start_tokens=rows.summary.start_tokens,
+            step=lambda done, total: emit(TaskAdvanced(_TASK, done / total)),
+        )
+    except AwqkitError:
+        raise
+    except Exception as error:  # a model's own `generate` may be missing or fail in many ways; the text alone will do
+        emit(Caution(_NONE.format(f"{type(error).__name__}: {' '.join(str(error).split())[:_GIST_CHARS]}")))
+        return rows
+    finally:
+        emit(TaskFinished(_TASK))
+    del model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what follows asks the driver how much is free
+    emit(Notice(f"and {counts[0]} rows, {counts[1]} held out, that the model wrote itself"))
+    held_out = None if rows.held_out is None else rows.held_out.joined(TokenRows(ids[counts[0] :]))
+    summary = replace(rows.summary, generated_rows=counts[0], generated_held_out_rows=counts[1])
+    return CalibrationRows(rows.calibration.joined(TokenRows(ids[: counts[0]])), held_out, summary)
+
+
+def _needed_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
+    weights = sum(tensor.spec.num_bytes // tensor.spec.dtype.itemsize for tensor in checkpoint.tensors.values())
+    return _ROOM * weights * dtype.itemsize
+
+
+def _free_bytes(device: torch.device) -> float | None:
+    """None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return 1024.0 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
