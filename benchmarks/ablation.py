@@ -20,6 +20,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "no-refinement": {"refinement": (), "rounds": 0},
     "propagation-0": {"propagation": 0.0},
     "propagation-auto": {"propagation": "auto"},
+    "text-only": {"generated": 0.0},
 }
 ALONE: dict[str, dict[str, Any]] = {
     "scales": {"channel_scale": "search"},
@@ -35,11 +36,14 @@ ALONE: dict[str, dict[str, Any]] = {
 ABLATION: dict[str, dict[str, Any]] = {
     **{f"only-{part}": {"method": "rtn", **change} for part, change in ALONE.items()},
     "fast-d": {"quality": "fast", "importance": "conditional", "error_weight": "conditional"},
+    "fast-generated": {"quality": "fast", "generated": 0.125},
+    **{f"balanced-generated-{share}": {"quality": "balanced", "generated": share} for share in (0.25, 0.5)},
     **{f"balanced-{part}": {"quality": "balanced", **change} for part, change in WITHOUT.items()},
     **{f"balanced-propagation-{beta}": {"quality": "balanced", "propagation": beta} for beta in (0.25, 0.5, 0.75, 1.0)},
     "balanced-mean-damping": {"quality": "balanced", "damping": "mean"},
     "balanced-sensitivity": {"quality": "balanced", "sensitivity": "end-loss"},
     "balanced-tuning": {"quality": "balanced", **TUNED},
+    **{f"best-rounds-{rounds}": {"quality": "best", "rounds": rounds} for rounds in (1, 4)},
     "best-no-sensitivity": {"quality": "best", "sensitivity": "none"},
     "best-no-tuning": {"quality": "best", "tuning_epochs": 0},
     **{f"best-{part}": {"quality": "best", **change} for part, change in WITHOUT.items()},

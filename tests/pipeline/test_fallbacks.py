@@ -75,14 +75,14 @@ def test_one_fold_that_does_harm_leaves_the_others_alone(tmp_path: Path, monkeyp
 def test_a_block_that_is_worse_on_held_out_rows_is_rounded_plainly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    errors = block_step.held_out_errors
+    check = block_step.check_held_out
 
-    def second_block_is_worse(context: Any, *arguments: Any) -> tuple[float, ...]:
-        plain, chosen = errors(context, *arguments)
-        return (plain, 2 * plain) if context.index == 1 else (plain, chosen)
+    def second_block_is_worse(context: Any, *arguments: Any) -> Any:
+        (plain, chosen), reached = check(context, *arguments)
+        return (plain, 2 * plain if context.index == 1 else chosen), reached
 
     model = tiny_model("qwen2")
-    monkeypatch.setattr(block_step, "held_out_errors", second_block_is_worse)
+    monkeypatch.setattr(block_step, "check_held_out", second_block_is_worse)
     result = run_on(model, tmp_path, FAST)
     first, second = result.report.blocks
     assert first.fallback is None

@@ -86,20 +86,21 @@ def test_the_check_on_held_out_rows_is_of_what_the_block_really_gets() -> None:
 
 
 def test_a_block_that_was_rounded_plainly_is_that_in_the_stream_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    errors = block_step.held_out_errors
+    check = block_step.check_held_out
 
-    def chosen_is_worse(*arguments: Any) -> tuple[float, ...]:
-        plain, _ = errors(*arguments)
-        return plain, 2 * plain
+    def chosen_is_worse(*arguments: Any) -> Any:
+        (plain, _), reached = check(*arguments)
+        return (plain, 2 * plain), reached
 
-    monkeypatch.setattr(block_step, "held_out_errors", chosen_is_worse)
+    monkeypatch.setattr(block_step, "check_held_out", chosen_is_worse)
     original = tiny_model("llama")
     folded = deepcopy(original)
     for context, result, streams in quantized_blocks(original, BALANCED, ROWS, HELD_OUT):
         assert "rounded plainly" in result.decision.fallback
         _fold(folded, context, result)
-        expected = _outputs(folded, context.block_plan.path, ROWS)
-        assert _distance(current(streams.calibration.quantized), expected) < 1e-4
+        for stream, rows in ((streams.calibration, ROWS), (streams.held_out, HELD_OUT)):
+            expected = _outputs(folded, context.block_plan.path, rows)
+            assert _distance(current(stream.quantized), expected) < 1e-4
 
 
 def test_with_rounded_inputs_the_stream_is_what_a_w8a8_reader_computes() -> None:

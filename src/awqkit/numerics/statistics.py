@@ -18,13 +18,23 @@ _GRAM_TILE = 256  # columns a step; only tiles on and above the diagonal are mul
 
 
 @dataclass(frozen=True, slots=True)
+class Gram:
+    """gram: `[in, in]` float32, Σ_t ω_t x_t x_tᵀ. weight_sum: Σ_t ω_t, the number of tokens where they count alike.
+
+    While accumulating only the tiles of `gram` on and above the diagonal are filled: `mirrored` fills the others.
+    """
+
+    weight_sum: float
+    gram: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """Sums over the tokens that one linear input was seen with; mergeable in any order.
 
     token_count: tokens seen; weight_sum: the sum of their weights, the same number where tokens count alike.
     abs_sum, max_abs: `[in]` float32, units of x. sample: `[≤ 128, in]` float32, some of the tokens themselves.
-    gram: `[in, in]` float32, a weighted sum.
-    While accumulating only the tiles of `gram` on and above the diagonal are filled: `finished` mirrors them.
+    gram: `[in, in]` float32, a weighted sum; while accumulating as in `Gram`, until `finished`.
     """
 
     token_count: int
@@ -40,11 +50,36 @@ class Statistics:
         return self.abs_sum / max(self.token_count, 1)
 
 
+def empty_gram(num_channels: int, device: torch.device | str = "cpu") -> Gram:
+    """The sum over no tokens for an input of `num_channels`."""
+    return Gram(0.0, torch.zeros(num_channels, num_channels, device=device))
+
+
+def accumulate_gram_(
+    summed: Gram, inputs: Tensor, mask: Tensor | None = None, token_weight: Tensor | None = None
+) -> Gram:
+    """As `accumulate_`, the gram alone."""
+    tokens, weight_sum = real_tokens(inputs, mask), None
+    if token_weight is not None:
+        weights = real_tokens(token_weight.unsqueeze(-1), mask)
+        tokens, weight_sum = tokens * weights.sqrt(), float(weights.sum())
+    for start in range(0, tokens.shape[1], _GRAM_TILE):
+        rows = tokens[:, start : start + _GRAM_TILE]
+        summed.gram[start : start + _GRAM_TILE, start:].addmm_(rows.t(), tokens[:, start:])
+    return Gram(summed.weight_sum + (float(tokens.shape[0]) if weight_sum is None else weight_sum), summed.gram)
+
+
+def mirrored(summed: Gram) -> Gram:
+    """The same with a full, symmetric gram."""
+    upper = summed.gram.triu()
+    return Gram(summed.weight_sum, upper + upper.triu(1).t())
+
+
 def empty_statistics(num_channels: int, device: torch.device | str = "cpu") -> Statistics:
     """Statistics of no tokens for an input of `num_channels`."""
     zeros = torch.zeros(num_channels, device=device)
     none = torch.empty(0, num_channels, device=device)
-    return Statistics(0, 0.0, zeros, zeros.clone(), none, torch.zeros(num_channels, num_channels, device=device))
+    return Statistics(0, 0.0, zeros, zeros.clone(), none, empty_gram(num_channels, device).gram)
 
 
 def accumulate_(
@@ -62,21 +97,15 @@ def accumulate_(
     absolute = tokens.abs()
     statistics.abs_sum.add_(absolute.sum(dim=0))
     torch.maximum(statistics.max_abs, absolute.amax(dim=0), out=statistics.max_abs)
-    sample = _sampled(statistics.sample, tokens)
-    weight_sum = float(tokens.shape[0])
-    if token_weight is not None:
-        weights = real_tokens(token_weight.unsqueeze(-1), mask)
-        tokens, weight_sum = tokens * weights.sqrt(), float(weights.sum())
-    for start in range(0, tokens.shape[1], _GRAM_TILE):
-        rows = tokens[:, start : start + _GRAM_TILE]
-        statistics.gram[start : start + _GRAM_TILE, start:].addmm_(rows.t(), tokens[:, start:])
+    weights = None if token_weight is None else real_tokens(token_weight.unsqueeze(-1), mask).squeeze(-1)
+    summed = accumulate_gram_(Gram(statistics.weight_sum, statistics.gram), tokens, None, weights)
     return Statistics(
         statistics.token_count + tokens.shape[0],
-        statistics.weight_sum + weight_sum,
+        summed.weight_sum,
         statistics.abs_sum,
         statistics.max_abs,
-        sample,
-        statistics.gram,
+        _sampled(statistics.sample, tokens),
+        summed.gram,
     )
 
 
@@ -96,9 +125,7 @@ def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
 
 def finished(statistics: Statistics) -> Statistics:
     """The same statistics with a full, symmetric gram."""
-    upper = statistics.gram.triu()
-    gram = upper + upper.triu(1).t()
-    return replace(statistics, gram=gram)
+    return replace(statistics, gram=mirrored(Gram(statistics.weight_sum, statistics.gram)).gram)
 
 
 def merged(first: Statistics, second: Statistics) -> Statistics:
@@ -113,9 +140,9 @@ def merged(first: Statistics, second: Statistics) -> Statistics:
     )
 
 
-def second_moment(statistics: Statistics) -> Tensor:
-    """H = E[x xᵀ], `[in, in]` float32, of finished statistics."""
-    return statistics.gram / (statistics.weight_sum or 1.0)
+def second_moment(summed: Statistics | Gram) -> Tensor:
+    """H = E[x xᵀ], `[in, in]` float32, of finished statistics or a mirrored gram."""
+    return summed.gram / (summed.weight_sum or 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +153,13 @@ class PairedStatistics:
     float32, x of the original stream along the rows.
     """
 
-    quantized: Statistics
+    quantized: Gram
     cross_gram: Tensor
 
 
 def empty_paired(num_channels: int, device: torch.device | str = "cpu") -> PairedStatistics:
     """Statistics of no tokens on both streams."""
-    quantized = empty_statistics(num_channels, device)
+    quantized = empty_gram(num_channels, device)
     return PairedStatistics(quantized, torch.zeros_like(quantized.gram))
 
 
@@ -144,16 +171,17 @@ def accumulate_paired_(
     token_weight: Tensor | None = None,
 ) -> PairedStatistics:
     """As `accumulate_`, for the same tokens' inputs `[..., in]` on the original and on the quantized stream."""
-    first, second = real_tokens(original, mask), real_tokens(quantized, mask)
+    first, second, weights = real_tokens(original, mask), real_tokens(quantized, mask), None
     if token_weight is not None:
-        first = first * real_tokens(token_weight.unsqueeze(-1), mask)
+        weights = real_tokens(token_weight.unsqueeze(-1), mask)
+        first, weights = first * weights, weights.squeeze(-1)
     paired.cross_gram.addmm_(first.t(), second)
-    return replace(paired, quantized=accumulate_(paired.quantized, quantized, mask, token_weight))
+    return replace(paired, quantized=accumulate_gram_(paired.quantized, second, None, weights))
 
 
 def finished_paired(paired: PairedStatistics) -> PairedStatistics:
     """The same with a full, symmetric gram of the quantized stream."""
-    return replace(paired, quantized=finished(paired.quantized))
+    return replace(paired, quantized=mirrored(paired.quantized))
 
 
 def cross_moment(paired: PairedStatistics) -> Tensor:

@@ -70,6 +70,10 @@ class HiddenStates:
         twin._states = self._states.clone()
         return twin
 
+    def take(self, other: HiddenStates) -> None:
+        """Be where another stream of the same rows is, which is not used afterwards."""
+        self._states = other._states
+
     @property
     def shape(self) -> torch.Size:
         """Rows, tokens, width."""

@@ -163,19 +163,20 @@ def quantize_observed(
     refused, fallback, errors = proofs.refused, None, None
     if held_out is not None:
         stage("check")
-        plain = choose_plainly(context, originals)
-        errors = held_out_errors(context, held_out, (plain, choice))
-        if errors[1] > errors[0]:
+        errors, reached = check_held_out(context, held_out, (choose_plainly(context, {}), choice))
+        is_worse = errors[1] > errors[0]
+        if held_out.quantized is not None:
+            held_out.quantized.take(reached[0 if is_worse else 1])
+        if is_worse:
             fallback = (
                 f"held-out rows were worse than with plain rounding ({errors[1]:.3e} > {errors[0]:.3e}): "
                 "block rounded plainly"
             )
             undone = [replace(entry.decision, fallback=entry.decision.fallback or fallback) for entry in choice.folds]
-            choice, refused, errors = plain, (*refused, *undone), (errors[0], errors[0])
-    stage("advance")
-    for stream in (quantized_stream, None if held_out is None else held_out.quantized):
-        if stream is not None:
-            advance(context, stream, choice.quantized)
+            choice, refused, errors = choose_plainly(context, originals), (*refused, *undone), (errors[0], errors[0])
+    if quantized_stream is not None:
+        stage("advance")
+        advance(context, quantized_stream, choice.quantized)
     return choice, _result(context, choice, refused, errors, fallback)
 
 
@@ -206,12 +207,16 @@ def _evidence_of(
     return evidence
 
 
-def held_out_errors(context: BlockContext, stream: Stream, choices: tuple[Choice, ...]) -> tuple[float, ...]:
-    """For each choice ‖Y−Ŷ‖² / ‖Y−X‖² of the block's output on held-out rows, of which the original ones move on to Y.
+def check_held_out(
+    context: BlockContext, stream: Stream, choices: tuple[Choice, ...]
+) -> tuple[tuple[float, ...], list[HiddenStates]]:
+    """For each choice ‖Y−Ŷ‖² / ‖Y−X‖² of the block's output on held-out rows; the original ones move on to Y.
 
-    Ŷ is computed from what the block will really get: the quantized stream's rows where there are any.
+    Ŷ is computed from what the block will really get: the quantized stream's rows where there are any; then it is the
+    second result, for each choice.
     """
     totals, contribution = [0.0] * len(choices), 0.0
+    outputs = [] if stream.quantized is None else [stream.quantized.copy() for _ in choices]
     entered = (stream.quantized or stream.original).batches(context.index)
     for (part, hidden, call, mask), (_, reached, _, _) in zip(
         stream.original.batches(context.index), entered, strict=True
@@ -222,10 +227,12 @@ def held_out_errors(context: BlockContext, stream: Stream, choices: tuple[Choice
             contribution += float((output - hidden)[real].square().sum())
             for position, choice in enumerate(choices):
                 with weights_replaced(context, choice.quantized):
-                    change = run_block(context.block, reached, call) - output
-                totals[position] += float(change[real].square().sum())
+                    found = run_block(context.block, reached, call)
+                if outputs:
+                    outputs[position].write(part, found)
+                totals[position] += float((found - output)[real].square().sum())
         stream.original.write(part, output)
-    return tuple(total / max(contribution, torch.finfo(torch.float32).tiny) for total in totals)
+    return tuple(total / max(contribution, torch.finfo(torch.float32).tiny) for total in totals), outputs
 
 
 def _result(

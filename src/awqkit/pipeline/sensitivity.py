@@ -7,7 +7,7 @@ from torch import Tensor
 
 from awqkit.model.observe import LinearWatch
 from awqkit.model.skeleton import run_block
-from awqkit.numerics.statistics import accumulate_, empty_statistics, finished, second_moment
+from awqkit.numerics.statistics import accumulate_gram_, empty_gram, mirrored, second_moment
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
 
@@ -25,12 +25,12 @@ def measure_sensitivity(context: BlockContext, rows: HiddenStates, end_gradient:
 
     views = context.structure.linears
     watched = {view.weight: context.parameters[view.weight] for view in views}
-    found = {view.name: empty_statistics(view.shape[0], context.device) for view in views}
+    found = {view.name: empty_gram(view.shape[0], context.device) for view in views}
     for part, hidden, call, mask in rows.batches(context.index):
         outputs.clear()
         with torch.enable_grad(), LinearWatch(watched, after=after):
             result = run_block(context.block, hidden.clone().requires_grad_(True), call)
         result.backward(end_gradient[part].to(result.device, result.dtype))
         for view in views:
-            found[view.name] = accumulate_(found[view.name], outputs[view.weight].grad, mask)
-    return {name: second_moment(finished(statistics)) for name, statistics in found.items()}
+            found[view.name] = accumulate_gram_(found[view.name], outputs[view.weight].grad, mask)
+    return {name: second_moment(mirrored(summed)) for name, summed in found.items()}
