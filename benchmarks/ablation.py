@@ -46,5 +46,5 @@ ABLATION: dict[str, dict[str, Any]] = {
     **{f"best-rounds-{rounds}": {"quality": "best", "rounds": rounds} for rounds in (1, 4)},
     "best-no-sensitivity": {"quality": "best", "sensitivity": "none"},
     "best-no-tuning": {"quality": "best", "tuning_epochs": 0},
-    **{f"best-{part}": {"quality": "best", **change} for part, change in WITHOUT.items()},
+    "best-text-only": {"quality": "best", "generated": 0.0},
 }
