@@ -156,6 +156,7 @@ class CalibrationSummary:
     """Which text was read and how much of it was used; nothing is dropped in silence.
 
     generated_rows, generated_held_out_rows: beside `rows` and `held_out_rows`, written by the model itself.
+    not_generated: why it wrote none although the Recipe asks for some.
     """
 
     source: str
@@ -169,6 +170,7 @@ class CalibrationSummary:
     tokens_used: int
     generated_rows: int = 0
     generated_held_out_rows: int = 0
+    not_generated: str | None = None
 
     @property
     def tokens_left(self) -> int:

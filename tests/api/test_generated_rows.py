@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from awqkit.api import generated_rows
 from awqkit.api.calibration_rows import given_rows
 from awqkit.events import Caution, Event, Notice, TaskFinished, TaskStarted
 from awqkit.pipeline.activations import TokenRows
+from awqkit.report.analysis import fallbacks
 
 BALANCED = Recipe.preset("balanced", group_size=32, generated=0.25)
 
@@ -56,6 +58,9 @@ def test_without_room_for_the_whole_model_the_text_is_used_alone(
     assert summary["generated_rows"] == 0
     cautions = [event.text for event in events if isinstance(event, Caution)]
     assert len([text for text in cautions if "writes no calibration rows of its own" in text and "GB" in text]) == 1
+    assert summary["not_generated"] in cautions
+    report = json.loads((tmp_path / "out" / "awqkit.json").read_text())
+    assert [fallback.where for fallback in fallbacks(report)][:1] == ["calibration"]
 
 
 def test_a_model_that_cannot_generate_is_quantized_all_the_same(
@@ -68,6 +73,7 @@ def test_a_model_that_cannot_generate_is_quantized_all_the_same(
     summary, events = _quantized(model, tmp_path / "out")
     assert summary["generated_rows"] == 0
     assert any(isinstance(event, Caution) and "AttributeError: no generate here" in event.text for event in events)
+    assert "AttributeError" in summary["not_generated"]
 
 
 def test_free_memory_is_known_on_linux() -> None:

@@ -17,7 +17,7 @@ from awqkit.model.transformers_bridge import TextEncoder
 from awqkit.pipeline.activations import TokenRows
 from awqkit.recipe import Recipe
 
-_MAX_START_TOKENS = 4
+_MAX_START_TOKENS = 4  # more that all rows share is text
 _HELD_OUT_SHARE = 8  # one row held out for every so many calibration rows
 
 

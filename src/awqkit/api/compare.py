@@ -135,7 +135,7 @@ def compare(
         emit(Caution(line))
     generating = time.monotonic()
     learning = {} if rows is None else _learning_rows(rows, entered, checkpoint, skeleton, device, options, emit)
-    generated = time.monotonic() - generating
+    generate_seconds = time.monotonic() - generating
     contenders = [each.contender for each in entered]
     compared = compare_recipes(skeleton, contenders, CompareRows(learning, evaluation), device, emit)
     measuring = time.monotonic()
@@ -149,7 +149,7 @@ def compare(
         tokens_per_window=seq_len,
         calibration=None if rows is None else rows.summary,
         skipped=tuple(skipped),
-        shared_seconds={"generate": generated, **compared.shared_seconds, EVALUATE: measured},
+        shared_seconds={"generate": generate_seconds, **compared.shared_seconds, EVALUATE: measured},
         seconds=time.monotonic() - started,
     )
 

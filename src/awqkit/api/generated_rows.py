@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from awqkit.api.calibration_rows import CalibrationRows
 from awqkit.checkpoint.reader import Checkpoint
@@ -36,7 +37,7 @@ def with_generated(
     """The rows, and behind them `recipe.generated` times as many that the model wrote, of the held-out ones as well.
 
     A model that does not fit into memory as a whole, or cannot generate, writes nothing: a Caution says so, and the
-    summary has 0 rows.
+    summary has the reason.
     """
     counts = [round(recipe.generated * count) for count in (rows.summary.rows, rows.summary.held_out_rows)]
     if not sum(counts):
@@ -45,34 +46,54 @@ def with_generated(
     needed, free = _needed_bytes(checkpoint, dtype), _free_bytes(device)
     if free is not None and needed > free:
         reason = f"as a whole it takes {needed / 1e9:.1f} GB, and {device.type} has {free / 1e9:.1f} GB free"
-        emit(Caution(_NONE.format(reason)))
-        return rows
+        return _without(rows, reason, emit)
     emit(TaskStarted(_TASK, 1))
+    failed = None
     try:
-        model = full_model(checkpoint.directory, dtype, device, trust_remote_code=options.trust_remote_code)
-        ids = generate_rows(
-            model,
-            skeleton.vocabulary_size,
-            num_rows=sum(counts),
-            seq_len=rows.calibration.ids.shape[1],
-            seed=recipe.seed,
-            start_tokens=rows.summary.start_tokens,
-            step=lambda done, total: emit(TaskAdvanced(_TASK, done / total)),
-        )
+        ids = _written(rows, sum(counts), recipe.seed, checkpoint, skeleton, dtype, device, options, emit)
     except AwqkitError:
         raise
     except Exception as error:  # a model's own `generate` may be missing or fail in many ways; the text alone will do
-        emit(Caution(_NONE.format(f"{type(error).__name__}: {' '.join(str(error).split())[:_GIST_CHARS]}")))
-        return rows
+        failed = f"{type(error).__name__}: {' '.join(str(error).split())[:_GIST_CHARS]}"
     finally:
         emit(TaskFinished(_TASK))
-    del model
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what follows asks the driver how much is free
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what follows asks the driver how much is free
+    if failed is not None:
+        return _without(rows, failed, emit)
     emit(Notice(f"and {counts[0]} rows, {counts[1]} held out, that the model wrote itself"))
     held_out = None if rows.held_out is None else rows.held_out.joined(TokenRows(ids[counts[0] :]))
     summary = replace(rows.summary, generated_rows=counts[0], generated_held_out_rows=counts[1])
     return CalibrationRows(rows.calibration.joined(TokenRows(ids[: counts[0]])), held_out, summary)
+
+
+def _written(
+    rows: CalibrationRows,
+    num_rows: int,
+    seed: int,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: RunOptions,
+    emit: Emit,
+) -> Tensor:
+    """Rows `[num_rows, tokens]` as long as the text's; the model is in memory no longer than this takes."""
+    return generate_rows(
+        full_model(checkpoint.directory, dtype, device, trust_remote_code=options.trust_remote_code),
+        skeleton.vocabulary_size,
+        num_rows=num_rows,
+        seq_len=rows.calibration.ids.shape[1],
+        seed=seed,
+        start_tokens=rows.summary.start_tokens,
+        step=lambda done, total: emit(TaskAdvanced(_TASK, done / total)),
+    )
+
+
+def _without(rows: CalibrationRows, reason: str, emit: Emit) -> CalibrationRows:
+    told = _NONE.format(reason)
+    emit(Caution(told))
+    return replace(rows, summary=replace(rows.summary, not_generated=told))
 
 
 def _needed_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> float:

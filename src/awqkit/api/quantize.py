@@ -97,7 +97,7 @@ def quantize(
     generating = time.monotonic()
     if rows is not None:
         rows = with_generated(rows, recipe, checkpoint, skeleton, device, options, emit)
-    generated = time.monotonic() - generating
+    generate_seconds = time.monotonic() - generating
     job = Run(checkpoint, skeleton, recipe, plan, layout, written, device)
     with CheckpointWriter(out, plan_layout(layout.specs), options.overwrite) as writer:
         held_out = None if rows is None else rows.held_out
@@ -121,7 +121,7 @@ def quantize(
         )
         _write_companions(writer, checkpoint, settings, report)
         seconds = time.monotonic() - started
-        timings = {"seconds": seconds, "stages": {"generate": generated, **outcome.seconds}}
+        timings = {"seconds": seconds, "stages": {"generate": generate_seconds, **outcome.seconds}}
         writer.write_json(TIMINGS_FILE, timings)
         writer.commit()
     if report_page is not None:

@@ -179,7 +179,11 @@ def clip_rows(report: Json) -> list[ClipRow]:
 
 def fallbacks(report: Json) -> list[Fallback]:
     """Every choice that was undone or refused. A block that went back as a whole stands for its folds."""
-    found = []
+    run_wide = {
+        "calibration": (report.get("calibration") or {}).get("not_generated"),
+        "tuning": (report.get("tuning") or {}).get("fallback"),
+    }
+    found = [Fallback(where, reason) for where, reason in run_wide.items() if reason]
     for block in report["blocks"]:
         whole = block["fallback"]
         if whole:

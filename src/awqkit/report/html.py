@@ -105,7 +105,9 @@ def _calibration_text(used: Json | None) -> str:
     if used is None:
         return "none needed"
     rows = f"{used['rows']} rows of {used['tokens_per_row']} tokens"
-    return f"{used['source']}: {rows}, {used['held_out_rows']} held out"
+    own = used.get("generated_rows", 0)
+    beside = f", and {own} that the model wrote itself" if own else ""
+    return f"{used['source']}: {rows}, {used['held_out_rows']} held out{beside}"
 
 
 def _value_text(value: object) -> str:

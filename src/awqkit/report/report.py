@@ -53,7 +53,11 @@ class Report:
     @property
     def fallbacks(self) -> list[tuple[str, str]]:
         """(where, reason) of every choice that was undone or refused."""
-        found = [("tuning", self.tuning.fallback)] if self.tuning is not None and self.tuning.fallback else []
+        found = []
+        if self.calibration is not None and self.calibration.not_generated:
+            found.append(("calibration", self.calibration.not_generated))
+        if self.tuning is not None and self.tuning.fallback:
+            found.append(("tuning", self.tuning.fallback))
         for block in self.blocks:
             if block.fallback:
                 found.append((block.path, block.fallback))
