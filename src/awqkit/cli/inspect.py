@@ -87,7 +87,9 @@ def _summary(found: Inspection) -> str:
     ]
     if found.calibration is not None:
         used = found.calibration
-        lines.append(f"calibration: {used['source']}, {used['rows']} rows of {used['tokens_per_row']} tokens")
+        own = used.get("generated_rows", 0)
+        beside = f", and {own} that the model wrote itself" if own else ""
+        lines.append(f"calibration: {used['source']}, {used['rows']} rows of {used['tokens_per_row']} tokens{beside}")
     if found.mean_output_errors is not None:
         plain, chosen = found.mean_output_errors
         lines.append(f"mean output error of a linear: {plain:.5f} plainly rounded, {chosen:.5f} as written")
