@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from bench import environment, save
+from bench import environment, save, write
 from conditions import SEEDLESS, TESTS, Conditions, add_arguments, measure, open_conditions, recipe_of, settings_of
 from torch import Tensor, nn
 
@@ -51,12 +51,14 @@ class Rescaled:
 
 
 def main() -> None:
-    """Run the table and write its JSON."""
+    """Run the table; its JSON is written after every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "twins", ["rtn", "gptq", "autoawq", "fast", "balanced"])
     args = parser.parse_args()
     conditions = open_conditions(args)
     original = conditions.reference(conditions.model)
+    head = {"environment": environment(conditions.device), "model": conditions.model.name}
+    head["settings"] = settings_of(args)
     rows: list[dict[str, Any]] = []
     twins = []
     for seed in args.seeds:
@@ -74,11 +76,10 @@ def main() -> None:
                 recipe = recipe_of(method, seed, args)
                 found = measure(conditions, recipe, seed, model=folder, reference=twin)
                 rows.append(_say({"model": "twin", "method": method, "seed": seed, **found}))
+        write(args.name, {**head, "twins": twins, "table": compare(rows), "rows": rows}, args.results)
     table = compare(rows)
     print("\n".join(table_lines(table)))
-    result = {"environment": environment(conditions.device), "model": conditions.model.name}
-    result |= {"settings": settings_of(args), "twins": twins}
-    save(args.name, {**result, "table": table, "rows": rows}, args.results)
+    save(args.name, {**head, "twins": twins, "table": table, "rows": rows}, args.results)
 
 
 def write_twin(model: Path, out: Path, seed: int) -> list[Rescaled]:
