@@ -151,7 +151,7 @@ def _measure_peers(
                     where = (bits, GROUP_SIZE, conditions.device.type, Path(scratch))
                     done = run_peer(name, python, conditions.model.resolve(), rows, *where)
                     if isinstance(done, NotRun):
-                        table.leave_out(f"{grid_of(name, bits)} seed {seed} {done.reason}")
+                        table.leave_out(_peer_row(grid_of(name, bits), seed, done.reason))
                         continue
                     figures = score_folder(conditions, done.folder, original)
                 named = {"grid": grid_of(name, bits), "calibration": args.calibration, "method": PEER + name}
@@ -160,17 +160,24 @@ def _measure_peers(
                 table.add({**named, **spent, **figures}, args)
 
 
+def _peer_row(grid: str, seed: int, name_or_reason: str) -> str:
+    """How a peer's row is named where it could not be measured; a NotRun's reason begins with the peer's name."""
+    return f"{grid} seed {seed} {name_or_reason}"
+
+
 def merge(files: list[Path]) -> Table:
-    """One table from the results of several runs; of a row that is there twice the later file's stands.
+    """One table from the results of several runs, or merges; of a row that is there twice the later file's stands.
 
     Ends the program where two runs are not of the same model, samples, windows and original.
     """
     parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     first = parts[0]
-    for file, part in zip(files, parts, strict=True):
+    sources = [_sources(file, part) for file, part in zip(files, parts, strict=True)]
+    expected = sources[0][0]["settings"]
+    for file, part, runs in zip(files, parts, sources, strict=True):
         for name in SHARED_SETTINGS:
-            if part["settings"][name] != first["settings"][name]:
-                raise SystemExit(f"{file.name}: {name} {part['settings'][name]}, but {first['settings'][name]} before")
+            if runs[0]["settings"][name] != expected[name]:
+                raise SystemExit(f"{file.name}: {name} {runs[0]['settings'][name]}, but {expected[name]} before")
         differs = any(
             abs(part["original"][text] / value - 1) > SAME_ORIGINAL for text, value in first["original"].items()
         )
@@ -179,19 +186,28 @@ def merge(files: list[Path]) -> Table:
     rows, replaced = merged_rows([part["rows"] for part in parts])
     if replaced:
         print(f"{replaced} rows were in more than one file: the later file's stand")
-    sources = [
-        {"file": file.name, "environment": part["environment"], "settings": part["settings"]}
-        for file, part in zip(files, parts, strict=True)
-    ]
-    table = Table({"parts": sources, "model": first["model"], "original": first["original"]}, rows)
+    runs = [run for each in sources for run in each]
+    table = Table({"parts": runs, "model": first["model"], "original": first["original"]}, rows)
     table.not_run = _missing_peers(parts, rows)
     return table
 
 
+def _sources(file: Path, part: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a result holds: itself, or those that were merged into it."""
+    if "parts" in part:
+        return part["parts"]
+    return [{"file": file.name, "environment": part["environment"], "settings": part["settings"]}]
+
+
 def _missing_peers(parts: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str]:
-    """Why each peer without a row has none: what happened to it in some run, else that nobody asked for it."""
+    """Why each peer without a row has none: what happened to it in some run, else that nobody asked for it.
+
+    A failure stays out where another run has the row.
+    """
     unasked = set(not_asked(()))
-    reasons = [line for part in parts for line in part["not_run"] if line not in unasked]
+    measured = tuple(f"{_peer_row(row['grid'], row['seed'], row['method'].removeprefix(PEER))}:" for row in rows)
+    lines = [line for part in parts for line in part["not_run"] if line not in unasked]
+    reasons = [line for line in lines if not line.startswith(measured)]
     found = {row["method"].removeprefix(PEER) for row in rows if row["method"].startswith(PEER)}
     found |= {name for name in PEERS if any(f" {name}:" in line for line in reasons)}
     return [*dict.fromkeys(reasons), *not_asked(found)]

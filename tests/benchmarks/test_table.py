@@ -128,6 +128,18 @@ def test_runs_are_merged_into_one_table_with_their_sources(tmp_path: Path) -> No
     ]  # fmt: skip
 
 
+def test_a_merge_can_be_merged_again_and_a_failure_goes_where_another_run_has_the_row(tmp_path: Path) -> None:
+    failed = ["INT4 g64 seed 0 autoround: not run, out of memory"]
+    files = [saved(tmp_path / "a.json", ROWS[:2], not_run=failed), saved(tmp_path / "b.json", ROWS[2:])]
+    quality.merge(files).finish(argparse.Namespace(name="all", results=tmp_path))
+    assert failed[0] in json.loads((tmp_path / "all.json").read_text())["not_run"]
+    peer = saved(tmp_path / "c.json", [row("peer-autoround", 0.3, 21.0, tool="AutoRound")])
+    quality.merge([tmp_path / "all.json", peer]).finish(argparse.Namespace(name="all", results=tmp_path))
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert [part["file"] for part in result["parts"]] == ["a.json", "b.json", "c.json"]
+    assert failed[0] not in result["not_run"]
+
+
 @pytest.mark.parametrize("change", [{"samples": 16}, {"windows": 4}, {"original": {"far": 20.1, "near": 40.0}}])
 def test_runs_of_other_conditions_are_not_merged(tmp_path: Path, change: dict[str, Any]) -> None:
     files = [saved(tmp_path / "a.json", ROWS), saved(tmp_path / "b.json", ROWS, **change)]
