@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from awqkit.model.skeleton import Skeleton, run_block
+from awqkit.numerics.draw import drawn_tokens
 from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_per_batch
 from awqkit.pipeline.kept_states import kept_states
 
@@ -89,9 +90,7 @@ def _at_last_output(skeleton: Skeleton, rows: TokenRows, states: HiddenStates, d
                 with torch.enable_grad():
                     logits = head(ids, leaf, row_mask)[0]
                     chance = torch.rand(len(logits), 1, generator=generator).to(device)
-                    with torch.no_grad():
-                        reached = logits.float().softmax(dim=-1).cumsum(dim=-1)
-                        labels = torch.searchsorted(reached, chance).clamp_(max=logits.shape[-1] - 1)
+                    labels = drawn_tokens(logits.detach(), chance)
                     chosen = logits.float().log_softmax(dim=-1).gather(-1, labels)
                     real = ... if mask is None else mask[row]
                     (-chosen[real]).sum().backward()
