@@ -1,11 +1,16 @@
 """What each part is worth: every part alone on plain rounding, and the presets with one part taken out or changed.
 
-The names are rows of `quality.py`. The same recipe under two names is measured once.
+The names are rows of `quality.py`. The same variant under two names is measured once.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 NO_D: dict[str, Any] = {"importance": "mean-abs", "error_weight": "moment"}
 TUNED: dict[str, Any] = {"tuning_epochs": 4}
@@ -47,4 +52,32 @@ ABLATION: dict[str, dict[str, Any]] = {
     "best-no-sensitivity": {"quality": "best", "sensitivity": "none"},
     "best-no-tuning": {"quality": "best", "tuning_epochs": 0},
     "best-text-only": {"quality": "best", "generated": 0.0},
+    **{f"best-rows-{what}": {"quality": "best"} for what in ("64-at-once", "384-at-once", "in-place")},
 }
+
+
+def rows_in_place(sensitivity: torch.Tensor) -> torch.Tensor:
+    """The order of the rows as they stand, for `awqkit.numerics.rounding_metric.moment_order`."""
+    return torch.arange(len(sensitivity), device=sensitivity.device)
+
+
+# What is no choice of a recipe: row of the table -> dotted name -> what stands there while it is measured.
+REPLACED: dict[str, dict[str, Any]] = {
+    "best-rows-64-at-once": {"awqkit.methods.rows.ROWS_AT_ONCE": 64},
+    "best-rows-384-at-once": {"awqkit.methods.rows.ROWS_AT_ONCE": 384},
+    "best-rows-in-place": {"awqkit.methods.rows.moment_order": rows_in_place},
+}
+
+
+@contextmanager
+def replaced(values: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, the modules' names hold `values`. Raises AttributeError where a module has no such name."""
+    places = [(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in values]
+    before = [getattr(module, name) for module, name in places]
+    try:
+        for (module, name), value in zip(places, values.values(), strict=True):
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)

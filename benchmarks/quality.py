@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ablation import ABLATION
+from ablation import ABLATION, REPLACED, replaced
 from bench import environment, save, write
 from conditions import (
     GROUP_SIZE,
@@ -121,7 +121,7 @@ def _arguments() -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def _measure_ours(args: argparse.Namespace, conditions: Conditions, original: nn.Module, table: Table) -> None:
-    found: dict[Recipe, dict[str, Any]] = {}
+    found: dict[tuple[Recipe, str], dict[str, Any]] = {}
     for bits in args.bits:
         for method in args.methods:
             if method in W8A8 and bits != args.bits[0]:
@@ -130,13 +130,16 @@ def _measure_ours(args: argparse.Namespace, conditions: Conditions, original: nn
                 grid = grid_of(method, bits)
                 try:
                     recipe = replace(recipe_of(method, seed, args, bits), name="row")
-                    if recipe not in found:
-                        found[recipe] = measure(conditions, recipe, seed, reference=original)
+                    changes = REPLACED.get(method, {})
+                    variant = (recipe, repr(changes))
+                    if variant not in found:
+                        with replaced(changes):
+                            found[variant] = measure(conditions, recipe, seed, reference=original)
                 except AwqkitError as error:
                     table.leave_out(f"{grid} {method}: not run, {error}")
                     break
                 named = {"grid": grid, "calibration": args.calibration, "method": method, "seed": seed}
-                table.add({**named, **found[recipe]}, args)
+                table.add({**named, **found[variant]}, args)
 
 
 def _measure_peers(

@@ -16,7 +16,7 @@ import kept_logits
 import pytest
 import quality
 import torch
-from ablation import ABLATION
+from ablation import ABLATION, REPLACED, replaced
 from conditions import METHODS, Conditions, calibration_rows, grid_of, measure, recipe_of, without_held_out
 from floor import Spent, compared, verdict
 from kept_logits import KeptLogits, reference_of
@@ -58,7 +58,20 @@ def test_every_variant_of_a_preset_changes_it_except_what_is_its_default_already
         if name.startswith(preset) and replace(recipe_of(name, 0, ARGS), name="") == recipe
     }
     defaults = {f"balanced-propagation-{presets['balanced'].propagation}"}
-    assert same <= defaults | {f"{name}-propagation-auto" for name in presets}
+    assert same - set(REPLACED) <= defaults | {f"{name}-propagation-auto" for name in presets}
+
+
+def test_what_no_recipe_chooses_is_replaced_while_a_row_is_measured_and_put_back() -> None:
+    from awqkit.methods import rows
+
+    usual = rows.ROWS_AT_ONCE
+    for name, values in REPLACED.items():
+        assert name in ABLATION
+        with replaced(values):
+            assert all(getattr(rows, dotted.rpartition(".")[2]) == value for dotted, value in values.items())
+    assert usual == rows.ROWS_AT_ONCE
+    with pytest.raises(AttributeError), replaced({"awqkit.methods.rows.NO_SUCH": 1}):
+        pass
 
 
 def test_peers_get_the_rows_that_our_methods_learn_from() -> None:
