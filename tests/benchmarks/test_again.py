@@ -35,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, commands: dict[str, str],
 
 
 def test_commands_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    commands = {name: "row.py good" for name in "abcd"}
+    commands = dict.fromkeys("abcd", "row.py good")
     assert run(monkeypatch, tmp_path, commands, "--gpus", "2", "--each", "2") == 0
     gpus = [json.loads((tmp_path / f"out/{name}-gpu.json").read_text())["gpu"] for name in "abcd"]
     assert gpus == ["0", "1", "0", "1"]
