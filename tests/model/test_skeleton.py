@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from tiny_models import FAMILIES, WeightsOf, block_probes, tiny_model
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
-from awqkit.model.skeleton import Skeleton, names_on_disk
+from awqkit.model.skeleton import Skeleton, names_on_disk, run_block
 
 CPU = torch.device("cpu")
 
@@ -131,3 +133,77 @@ def test_a_model_that_skips_a_block_cannot_be_streamed(monkeypatch: pytest.Monke
     monkeypatch.setattr(decoder, "forward", first_block_only)
     with pytest.raises(ModelError, match="visited 1 of its 2 blocks"):
         list(skeleton.start([(torch.arange(8).unsqueeze(0), None)], CPU))
+
+
+class Pair(nn.Module):
+    """A block that gives its hidden states in a tuple, as models of older releases have them."""
+
+    def __init__(self, *beside: Any) -> None:
+        super().__init__()
+        self.linear, self.beside = nn.Linear(4, 4, bias=False), beside
+
+    def forward(self, hidden_states: torch.Tensor, state: Any = None) -> tuple[Any, ...]:
+        return (hidden_states + self.linear(hidden_states), *self.beside)
+
+
+def toy_skeleton(monkeypatch: pytest.MonkeyPatch, blocks: list[nn.Module], forward: Any) -> tuple[Skeleton, nn.Module]:
+    """A Skeleton of a model that is nothing but an embedding, these blocks and a forward through them."""
+
+    class Toy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.blocks = nn.Embedding(16, 4), nn.ModuleList(blocks)
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            return SimpleNamespace(logits=forward(self, self.embedding(input_ids)))
+
+    whole, empty = Toy(), copy.deepcopy(Toy()).to("meta")
+    monkeypatch.setattr("awqkit.model.skeleton.empty_model", lambda config, **_: empty)
+    return Skeleton(None, WeightsOf(whole)), whole
+
+
+IDS = torch.arange(8).unsqueeze(0)
+
+
+@pytest.mark.parametrize("beside", [(), (None,), (torch.ones(2),), (None, torch.ones(2))])
+def test_blocks_that_give_tuples_are_followed_and_the_head_gets_what_it_expects(
+    monkeypatch: pytest.MonkeyPatch, beside: tuple[Any, ...]
+) -> None:
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        for block in model.blocks:
+            found = block(hidden)
+            if not isinstance(found, tuple) or len(found) != 1 + len(beside):
+                raise ValueError("cannot unpack")
+            hidden = found[0]
+        return hidden
+
+    skeleton, whole = toy_skeleton(monkeypatch, [Pair(*beside), Pair(*beside)], forward)
+    (started,) = skeleton.start([(IDS, None)], CPU)
+    hidden = started.hidden
+    for index, call in enumerate(started.calls):
+        hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
+    with torch.no_grad(), skeleton.head(CPU) as head:
+        assert torch.allclose(head(IDS, hidden, None), whole(IDS).logits)
+
+
+def test_a_model_that_computes_between_its_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        for block in model.blocks:
+            hidden = 2.0 * block(hidden)[0]
+        return hidden
+
+    skeleton, _ = toy_skeleton(monkeypatch, [Pair(), Pair()], forward)
+    with pytest.raises(ModelError, match="block 1 reads something else than what block 0 gives"):
+        list(skeleton.start([(IDS, None)], CPU))
+
+
+def test_blocks_that_hand_each_other_more_than_hidden_states_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        state = None
+        for block in model.blocks:
+            hidden, state = block(hidden, state=state)
+        return hidden
+
+    skeleton, _ = toy_skeleton(monkeypatch, [Pair(torch.ones(2)), Pair(torch.ones(2))], forward)
+    with pytest.raises(ModelError, match="block 0 hands block 1 more than the hidden states"):
+        list(skeleton.start([(IDS, None)], CPU))

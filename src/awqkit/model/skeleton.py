@@ -48,6 +48,27 @@ class BlockInputs:
     calls: tuple[BlockCall, ...]
 
 
+class _HandsMore(ModelError):
+    """Blocks that pass something on beside the hidden states: no other answer would be the model's own."""
+
+
+class _Beside:
+    """Stands for what a block gives beside its hidden states; no block may get it."""
+
+
+Answer = Callable[[Tensor], Any]
+
+# How a block gives its hidden states back, the plainest first: what the model's own forward accepts is taken.
+_ANSWERS: tuple[Answer, ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, _Beside()),
+    lambda hidden: (hidden, None),
+    lambda hidden: (hidden, _Beside(), _Beside()),
+    lambda hidden: (hidden, None, None),
+)
+
+
 class Skeleton:
     """A causal language model whose parameters are on the meta device until a part is asked for."""
 
@@ -61,6 +82,7 @@ class Skeleton:
         self._blocks = self._model.get_submodule(self._list_path)
         self._decoder = getattr(self._model, "base_model", self._model)
         self._in_blocks = {id(part) for block in self._blocks for part in block.modules()}
+        self._answer: Answer | None = None
         self._disk_of_shared = {
             self._shared[name]: disk for name, disk in self._on_disk.items() if name in self._shared
         }
@@ -159,17 +181,15 @@ class Skeleton:
         block's output. The weights outside the blocks exist inside the context.
         """
         outside = [(path, module) for path, module in self._model.named_modules() if not self._inside_block(module)]
-        originals = list(self._blocks)
 
         def logits(ids: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
             keywords = {} if mask is None else {"attention_mask": mask.to(torch.int64)}
-            for index, block in enumerate(originals):
-                self._blocks[index] = _Recorder(block, lambda *args, **kwargs: hidden)
-            try:
+            if self._answer is None:
+                self._record(ids, mask)
+            assert self._answer is not None
+            answer = self._answer
+            with self._blocks_replaced(lambda index: lambda *args, **kwargs: answer(hidden)):
                 return self._model(input_ids=ids, use_cache=False, **keywords).logits
-            finally:
-                for index, block in enumerate(originals):
-                    self._blocks[index] = block
 
         try:
             for path, module in outside:
@@ -183,9 +203,25 @@ class Skeleton:
         return id(module) in self._in_blocks
 
     def _record(self, ids: Tensor, mask: Tensor | None) -> BlockInputs:
+        """The model's own forward with recorders for blocks, which answer as the model expects of its blocks."""
+        first: ModelError | None = None
+        for answer in _ANSWERS if self._answer is None else (self._answer,):
+            try:
+                recorded = self._record_with(answer, ids, mask)
+            except _HandsMore:
+                raise
+            except ModelError as error:
+                first = error if first is None else first
+                continue
+            self._answer = answer
+            return recorded
+        assert first is not None
+        raise first
+
+    def _record_with(self, answer: Answer, ids: Tensor, mask: Tensor | None) -> BlockInputs:
         hidden: list[Tensor] = []
         calls: list[BlockCall] = []
-        originals = list(self._blocks)
+        handed: list[Tensor] = []  # what the block before gave
 
         def record(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -194,26 +230,44 @@ class Skeleton:
                 inputs, rest, kwargs = _split_hidden(args, kwargs)
                 if index == 0:
                     hidden.append(inputs)
+                elif not _same(inputs, handed[0]):
+                    raise ModelError(
+                        f"{self._list_path}: block {index} reads something else than what block {index - 1} gives, "
+                        "so the model computes between its blocks: cannot stream it"
+                    )
+                if any(isinstance(each, _Beside) for each in (*rest, *kwargs.values())):
+                    raise _HandsMore(
+                        f"{self._list_path}: block {index - 1} hands block {index} more than the hidden states: "
+                        "cannot stream it"
+                    )
                 calls.append(BlockCall(rest, kwargs))
-                return inputs
+                handed[:] = [inputs.clone()]
+                return answer(handed[0])
 
             return forward
 
-        for index, block in enumerate(originals):
-            self._blocks[index] = _Recorder(block, record(index))
         keywords = {} if mask is None else {"attention_mask": mask.to(torch.int64)}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._blocks_replaced(record):
                 self._decoder(input_ids=ids, use_cache=False, **keywords)
-        except (NotImplementedError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-            if len(calls) != len(originals):
+        except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            if len(calls) != len(self._blocks):
                 raise ModelError(f"the model's forward could not be followed through its blocks: {error}") from error
+        if len(calls) != len(self._blocks):
+            raise ModelError(f"the model visited {len(calls)} of its {len(self._blocks)} blocks in {self._list_path}")
+        return BlockInputs(hidden[0].detach(), tuple(calls))
+
+    @contextmanager
+    def _blocks_replaced(self, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        """Inside, the model calls `forward_of(index)` in the place of each block."""
+        originals = list(self._blocks)
+        for index, block in enumerate(originals):
+            self._blocks[index] = _Recorder(block, forward_of(index))
+        try:
+            yield
         finally:
             for index, block in enumerate(originals):
                 self._blocks[index] = block
-        if len(calls) != len(originals):
-            raise ModelError(f"the model visited {len(calls)} of its {len(originals)} blocks in {self._list_path}")
-        return BlockInputs(hidden[0].detach(), tuple(calls))
 
     def _parameter(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
@@ -270,6 +324,10 @@ class _Recorder(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_block"), name)
+
+
+def _same(found: Any, expected: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.shape == expected.shape and bool(torch.equal(found, expected))
 
 
 def _split_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
