@@ -12,7 +12,8 @@ from tiny_models import FAMILIES, WeightsOf, block_probes, tiny_model
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
-from awqkit.model.skeleton import Skeleton, names_on_disk, run_block
+from awqkit.model.disk_places import places_on_disk
+from awqkit.model.skeleton import Skeleton, run_block
 
 CPU = torch.device("cpu")
 
@@ -111,7 +112,7 @@ def test_names_match_with_or_without_the_prefix_of_the_base_model() -> None:
             super().__init__()
             self.model, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
 
-    assert names_on_disk(Head(), ["weight", "head.weight", "other"]) == {
+    assert places_on_disk(Head(), ["weight", "head.weight", "other"]).whole == {
         "model.weight": "weight",
         "head.weight": "head.weight",
     }

@@ -25,7 +25,7 @@ from awqkit.errors import CheckpointError, FormatError, UsageError
 from awqkit.events import Caution, Emit, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
 from awqkit.formats.format import FORMATS, Format, stored_format
 from awqkit.formats.scheme import Scheme
-from awqkit.model.skeleton import names_on_disk
+from awqkit.model.disk_places import places_on_disk
 from awqkit.model.transformers_bridge import empty_model, load_config
 from awqkit.options import RunOptions
 
@@ -146,7 +146,7 @@ def _quantization_config(
     model = empty_model(config, trust_remote_code=trust_remote_code)
     modules = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = {*job.checkpoint.names, *(f"{linear}.weight" for linear in job.linears)}
-    on_disk = names_on_disk(model, names)
+    on_disk = places_on_disk(model, names).whole
     everything, full = list(job.linears), []
     for path in modules:
         disk = on_disk.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")

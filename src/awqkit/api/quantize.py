@@ -156,7 +156,7 @@ def _idle_globs(recipe: Recipe, plan: RunPlan, skeleton: Skeleton) -> list[str]:
 
 def _unused_tensors(skeleton: Skeleton, layout: OutputLayout) -> list[str]:
     """A line about tensors that the model does not know, if there are any."""
-    known = {skeleton.disk_name(name) for name in skeleton.names()}
+    known = {disk for name in skeleton.names() for disk in skeleton.disk_names(name)}
     unused = [name for name in layout.kept if name not in known]
     if not unused:
         return []

@@ -14,7 +14,7 @@ from awqkit.errors import CheckpointError
 from awqkit.evaluation.int8_linear import Int8Linear
 from awqkit.evaluation.packed_linear import PackedLinear
 from awqkit.formats.format import stored_format
-from awqkit.model.skeleton import names_on_disk
+from awqkit.model.disk_places import joined, places_on_disk
 from awqkit.model.transformers_bridge import empty_model, finish_loading, full_model, load_config
 from awqkit.numerics.grid import QuantizedWeight
 
@@ -66,7 +66,7 @@ def _on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight
 
 def _module_paths(model: nn.Module, disk_paths: list[str]) -> dict[str, str]:
     """Linear path on disk -> module path in the model, by the same rule as every other tensor."""
-    weights = names_on_disk(model, [f"{path}.weight" for path in disk_paths])
+    weights = places_on_disk(model, [f"{path}.weight" for path in disk_paths]).whole
     paths = {disk.removesuffix(".weight"): name.removesuffix(".weight") for name, disk in weights.items()}
     lost = [path for path in disk_paths if path not in paths]
     if lost:
@@ -78,11 +78,19 @@ def _fill_rest(
     model: nn.Module, checkpoint: Checkpoint, paths: Mapping[str, str], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Every other parameter and buffer; a shared parameter is filled once, wherever it is used."""
-    on_disk = names_on_disk(model, checkpoint.names)
+    places = places_on_disk(model, checkpoint.names)
+    on_disk, slices = places.whole, places.slices
     filled: dict[int, nn.Parameter] = {}
     for name, value in list(model.named_parameters(remove_duplicate=False)):
-        if name in on_disk and id(value) not in filled:
-            filled[id(value)] = nn.Parameter(checkpoint.read(on_disk[name]).to(device, dtype), requires_grad=False)
+        if id(value) in filled:
+            continue
+        if name in on_disk:
+            stored = checkpoint.read(on_disk[name])
+        elif name in slices:
+            stored = joined(slices[name], value.shape, checkpoint.read)
+        else:
+            continue
+        filled[id(value)] = nn.Parameter(stored.to(device, dtype), requires_grad=False)
     for name, value in list(model.named_parameters(remove_duplicate=False)):
         if id(value) not in filled:
             raise CheckpointError(f"{checkpoint.directory}: no tensor for {name}, which the model needs")

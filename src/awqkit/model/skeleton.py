@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
+from awqkit.model.disk_places import joined, places_on_disk
 from awqkit.model.transformers_bridge import empty_model
 
 
@@ -75,7 +76,7 @@ class Skeleton:
     def __init__(self, config: Any, source: WeightSource, *, trust_remote_code: bool = False) -> None:
         self._model = empty_model(config, trust_remote_code=trust_remote_code)
         self._source = source
-        self._on_disk = names_on_disk(self._model, source.names)
+        self._places = places_on_disk(self._model, source.names)
         # Taken now: weights come and go with new Parameter objects, and tied ones are told by their identity.
         self._shared = {name: id(value) for name, value in self._model.named_parameters(remove_duplicate=False)}
         self._list_path = _find_block_list(self._model)
@@ -83,9 +84,7 @@ class Skeleton:
         self._decoder = getattr(self._model, "base_model", self._model)
         self._in_blocks = {id(part) for block in self._blocks for part in block.modules()}
         self._answer: Answer | None = None
-        self._disk_of_shared = {
-            self._shared[name]: disk for name, disk in self._on_disk.items() if name in self._shared
-        }
+        self._name_of_shared = {self._shared[name]: name for name in self.names() if name in self._shared}
 
     @property
     def num_blocks(self) -> int:
@@ -103,26 +102,40 @@ class Skeleton:
 
     def names(self) -> list[str]:
         """Names of all parameters and buffers of the model that the checkpoint has."""
-        return list(self._on_disk)
+        return [*self._places.whole, *self._places.slices]
 
     def disk_name(self, module_name: str) -> str | None:
-        """The name on disk of a parameter or buffer of the model, or None where the checkpoint has no such tensor."""
-        return self._on_disk.get(module_name)
+        """The name on disk of a parameter or buffer of the model, or None where no tensor there is all of it."""
+        return self._places.whole.get(module_name)
+
+    def disk_names(self, module_name: str) -> tuple[str, ...]:
+        """The names on disk of all tensors that a parameter or buffer of the model is made of."""
+        return self._places.disk_names(module_name)
+
+    def parts(self, module_name: str, value: Tensor) -> dict[str, Tensor]:
+        """The tensors on disk that hold `value`, what a parameter or buffer of the model is, by name."""
+        disk = self.disk_name(module_name)
+        if disk is not None:
+            return {disk: value}
+        whole = value.contiguous()
+        return {disk: place.of(whole).contiguous() for disk, place in self._places.slices.get(module_name, {}).items()}
 
     def missing(self) -> list[str]:
         """Parameters of the model that the checkpoint does not have, tied ones left out."""
-        have = {self._shared[name] for name in self._on_disk if name in self._shared}
+        have = {self._shared[name] for name in self.names() if name in self._shared}
         return [name for name, shared in self._shared.items() if shared not in have]
 
     def parameters_on_disk(self) -> frozenset[str]:
         """Disk names of the model's parameters; anything else on disk is a buffer, or unknown to the model."""
-        return frozenset(disk for name, disk in self._on_disk.items() if not _is_buffer(self._model, name))
+        parameters = (name for name in self.names() if not _is_buffer(self._model, name))
+        return frozenset(disk for name in parameters for disk in self.disk_names(name))
 
     def shapes_on_disk(self) -> dict[str, tuple[int, ...]]:
         """Disk name -> the shape that the model gives each of its parameters there."""
         parameters = self.parameters_on_disk()
-        named = ((disk, self._parameter(name)) for name, disk in self._on_disk.items() if disk in parameters)
-        return {disk: tuple(value.shape) for disk, value in named}
+        whole = {disk: name for name, disk in self._places.whole.items() if disk in parameters}
+        slices = {disk: place.shape for parts in self._places.slices.values() for disk, place in parts.items()}
+        return {disk: tuple(self._parameter(name).shape) for disk, name in whole.items()} | slices
 
     @property
     def vocabulary_size(self) -> int:
@@ -133,7 +146,7 @@ class Skeleton:
         """Disk name -> disk name it is tied to, for parameters that the model shares and the checkpoint has twice."""
         first: dict[int, str] = {}
         duplicates = {}
-        for name, disk in self._on_disk.items():
+        for name, disk in self._places.whole.items():
             if name not in self._shared:
                 continue
             kept = first.setdefault(self._shared[name], disk)
@@ -277,41 +290,35 @@ class Skeleton:
         named = list(module.named_parameters(recurse=recurse)) + list(module.named_buffers(recurse=recurse))
         for name, value in named:
             full = f"{path}.{name}" if path else name
-            disk = self._on_disk.get(full) or self._disk_of_shared.get(self._shared.get(full))
-            if disk is None and value.device.type == "meta":
+            if not self.disk_names(full):
+                full = self._name_of_shared.get(self._shared.get(full), full)
+            there = bool(self.disk_names(full))
+            if not there and value.device.type == "meta":
                 raise ModelError(f"the checkpoint has no tensor for {path}.{name}, which the model needs")
             owner_path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(owner_path)
-            if disk is None:
+            if not there:
                 owner._buffers[leaf] = value.to(device)
                 continue
-            stored = self._source.read(disk)
+            stored = self._stored(full, value)
             filled = stored.to(device, torch.float32) if stored.is_floating_point() else stored.to(device)
             if leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(filled, requires_grad=False)
             else:
                 owner._buffers[leaf] = filled
 
+    def _stored(self, name: str, like: Tensor) -> Tensor:
+        """A parameter or buffer in its stored dtype, put together where the checkpoint has it in parts."""
+        disk = self.disk_name(name)
+        if disk is not None:
+            return self._source.read(disk)
+        return joined(self._places.slices[name], like.shape, self._source.read)
+
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The block's output hidden states, `[rows, tokens, width]`."""
     outputs = block(hidden, *call.args, **call.kwargs)
     return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
-def names_on_disk(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
-    """Model tensor name -> disk name: equal, or apart by the base model's prefix (a checkpoint of the bare decoder)."""
-    available = set(disk_names)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    named += [name for name, _ in model.named_buffers()]
-    found = {}
-    for name in named:
-        for disk in (name, name.removeprefix(prefix), prefix + name):
-            if disk in available:
-                found[name] = disk
-                break
-    return found
 
 
 class _Recorder(nn.Module):
@@ -327,7 +334,10 @@ class _Recorder(nn.Module):
 
 
 def _same(found: Any, expected: Tensor) -> bool:
-    return isinstance(found, Tensor) and found.shape == expected.shape and bool(torch.equal(found, expected))
+    """Equal number by number; NaN is equal to NaN, a damaged checkpoint is found elsewhere."""
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return torch.allclose(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _split_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from awqkit.errors import CheckpointError, ModelError
 from awqkit.numerics.draw import drawn_tokens
@@ -256,6 +257,35 @@ def _gist(error: BaseException) -> str:
             break
         first = f"{first} {sentence}"
     return first[: 2 * _GIST_CHARS].rstrip(".: ") or type(error).__name__
+
+
+class _ViewsStayViews(TorchFunctionMode):
+    """Inside, `contiguous` copies nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return args[0] if function is torch.Tensor.contiguous else function(*args, **(kwargs or {}))
+
+
+def as_saved(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
+    """Name on disk, as transformers saves the model -> the parameter or buffer that it is of, and the view of it.
+
+    Found by running transformers' own conversion on tensors without values. What it does not only cut, transpose or
+    rename is left out, and so is everything where this transformers has no such conversion.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {}
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    empty = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in named.items()}
+    owner = {value.untyped_storage()._cdata: name for name, value in empty.items()}
+    try:
+        with torch.no_grad(), _ViewsStayViews():
+            saved = revert_weight_conversion(model, empty)
+    except Exception:  # a conversion that needs values, or a model of another library: the plain names will have to do
+        return {}
+    found = {disk: (owner.get(view.untyped_storage()._cdata), view) for disk, view in saved.items()}
+    return {disk: (name, view) for disk, (name, view) in found.items() if name is not None}
 
 
 def library_versions() -> dict[str, str]:

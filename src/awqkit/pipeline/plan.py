@@ -144,6 +144,8 @@ def plan_linears(
         reason = why_not_held(rows, columns, group_size)
         if reason is not None:
             reasons[name] = reason
+        elif skeleton.disk_name(f"{name}.weight") is None and len(skeleton.disk_names(f"{name}.weight")) > 1:
+            reasons[name] = f"{len(skeleton.disk_names(f'{name}.weight'))} tensors on disk, one in the model"
     for partners in fused_partners(list(shapes)):
         kept = next((name for name in partners if name in reasons), None)
         if kept is not None:

@@ -60,7 +60,8 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
     clock, num_blocks = StageClock(), len(job.plan.blocks)
     clock.enter("copy")
     inside = tuple(f"{block.path}." for block in job.plan.blocks)
-    in_blocks = {job.skeleton.disk_name(name) for name in job.skeleton.names() if name.startswith(inside)}
+    names = (name for name in job.skeleton.names() if name.startswith(inside))
+    in_blocks = {disk for name in names for disk in job.skeleton.disk_names(name)}
     for name in job.layout.kept:
         if name not in in_blocks:
             _copy(job, name, writer)
@@ -133,19 +134,21 @@ def _write(job: Run, context: BlockContext, result: BlockResult, writer: Checkpo
     quantized = {context.structure.linear(name).weight: weight for name, weight in result.quantized.items()}
     tensors = [*context.parameters, *(name for name, _ in context.block.named_buffers())]
     for name in tensors:
-        disk = job.skeleton.disk_name(f"{context.block_plan.path}.{name}")
-        if disk is None or disk in job.layout.dropped:
-            continue
-        if name in quantized:
+        full = f"{context.block_plan.path}.{name}"
+        names = [disk for disk in job.skeleton.disk_names(full) if disk not in job.layout.dropped]
+        if name in quantized and names:
             packed = job.written.pack(
-                job.layout.packed[disk], quantized[name], job.layout.scheme, job.plan.stored_dtype
+                job.layout.packed[names[0]], quantized[name], job.layout.scheme, job.plan.stored_dtype
             )
             for part, tensor in packed.items():
                 writer.write(part, tensor.cpu())
         elif name in result.stored:
-            writer.write(disk, result.stored[name].to(job.layout.kept[disk]).cpu())
+            for disk, value in job.skeleton.parts(full, result.stored[name]).items():
+                if disk in names:
+                    writer.write(disk, value.to(job.layout.kept[disk]).cpu())
         else:
-            _copy(job, disk, writer)
+            for disk in names:
+                _copy(job, disk, writer)
 
 
 def _rewrite(
