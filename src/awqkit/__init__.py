@@ -10,12 +10,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "RunOptions", "__version__", "compare", "convert", "evaluate", "inspect", "load", "quantize"]
+__all__ = [
+    "Recipe",
+    "RunOptions",
+    "__version__",
+    "compare",
+    "convert",
+    "evaluate",
+    "folds",
+    "inspect",
+    "load",
+    "quantize",
+]
 
 if TYPE_CHECKING:
     from awqkit.api.compare import compare
     from awqkit.api.convert import convert
     from awqkit.api.evaluate import evaluate
+    from awqkit.api.folds import folds
     from awqkit.api.inspect import inspect
     from awqkit.api.load import load
     from awqkit.api.quantize import quantize
@@ -28,6 +40,7 @@ _HOMES = {
     "compare": "awqkit.api.compare",
     "convert": "awqkit.api.convert",
     "evaluate": "awqkit.api.evaluate",
+    "folds": "awqkit.api.folds",
     "inspect": "awqkit.api.inspect",
     "load": "awqkit.api.load",
     "quantize": "awqkit.api.quantize",

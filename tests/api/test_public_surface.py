@@ -18,6 +18,7 @@ def test_the_public_names_are_these():
         "compare",
         "convert",
         "evaluate",
+        "folds",
         "inspect",
         "load",
         "quantize",

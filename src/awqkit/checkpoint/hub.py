@@ -29,12 +29,13 @@ _WANTED = [
 _UNWANTED = ["*/*.safetensors", "consolidated*"]  # second copies of the weights in other layouts
 
 
-def resolve_model(model: str | Path, *, show_progress: bool = True) -> Path:
+def resolve_model(model: str | Path, *, show_progress: bool = True, weights: bool = True) -> Path:
     """The local folder of `model`: an existing directory, or a hub id fetched into the hub's cache.
 
     An absolute path, or one that starts with a dot or `~`, is never looked up on the hub. Without a network a
     model that is in the cache is found there. show_progress: let the hub's client draw its bars on a
-    terminal. Raises CheckpointError, within seconds where the hub is out of reach.
+    terminal. weights: whether they are wanted, or only config, code and tokenizer. Raises CheckpointError, within
+    seconds where the hub is out of reach.
     """
     path = Path(os.path.expanduser(model))  # noqa: PTH111 - leaves an unknown ~user as it is, without an error
     if path.is_dir():
@@ -48,7 +49,7 @@ def resolve_model(model: str | Path, *, show_progress: bool = True) -> Path:
     if quiet:
         disable_progress_bars()
     try:
-        return _fetch(hub_id)
+        return _fetch(hub_id, weights)
     except Exception as error:  # the client raises errors of its own, httpx's, OSError and ValueError
         raise CheckpointError(
             f"{model}: no such directory, and the Hugging Face hub could not give "
@@ -59,7 +60,7 @@ def resolve_model(model: str | Path, *, show_progress: bool = True) -> Path:
             enable_progress_bars()
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, weights: bool) -> Path:
     # snapshot_download has no short time-out of its own for the first question, so it is asked here.
     try:
         HfApi().repo_info(hub_id, timeout=PROBE_SECONDS)
@@ -68,7 +69,8 @@ def _fetch(hub_id: str) -> Path:
         raise
     except Exception:  # out of reach, in whatever way: the cache may still have it
         offline = True
-    folder = snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=offline)
+    unwanted = _UNWANTED if weights else [*_UNWANTED, "*.safetensors"]
+    folder = snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=unwanted, local_files_only=offline)
     return Path(folder)
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from awqkit.cli import compare, convert, demo, evaluate, inspect, quantize
+from awqkit.cli import compare, convert, demo, evaluate, folds, inspect, quantize
 from awqkit.cli.arguments import Parser, closest
 from awqkit.cli.console import Console
 from awqkit.cli.failure import CommandLineError, report_failure
@@ -24,6 +24,7 @@ VERBS: dict[str, ModuleType] = {
     "quantize": quantize,
     "compare": compare,
     "evaluate": evaluate,
+    "folds": folds,
     "inspect": inspect,
     "convert": convert,
     "demo": demo,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.kernels.int4_matmul import PackedInt4, dequantize_matmul, int4_matmul, kernel_takes, pack_for_kernel
-from awqkit.numerics.grid import Grid, QuantizedWeight
+from awqkit.numerics.grid import Grid, QuantizedWeight, dequantize
 
 
 class PackedLinear(nn.Module):
@@ -18,7 +18,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        grid = weight.grid
+        grid, self.dtype = weight.grid, dtype
         self.out_features, self.in_features = weight.codes.shape
         self.bits, self.group_size, self.symmetric = grid.bits, grid.group_size, grid.symmetric
         shape = (self.out_features, self.in_features)
@@ -33,6 +33,14 @@ class PackedLinear(nn.Module):
             self.register_buffer("group_scale", grid.group_scale)
             self.register_buffer("group_zero", grid.group_zero.to(torch.uint8))
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """What the codes mean, `[out, in]`, made anew: some models compute with a linear's weight themselves."""
+        if not self.uses_kernel:
+            return dequantize(self._codes(), self.quantized_weight().grid).to(self.dtype)
+        identity = torch.eye(self.in_features, dtype=self.dtype, device=self.layout.device)
+        return int4_matmul(identity, PackedInt4(self.layout, self.offsets, self.group_size)).t()
 
     @property
     def uses_kernel(self) -> bool:

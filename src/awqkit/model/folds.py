@@ -275,6 +275,6 @@ def _read_factors(plain: Tensor, scaled: Tensor, factor: Tensor) -> Tensor | Non
 def _relative_change(changed: Tensor | None, plain: Tensor | None, hidden: Tensor) -> float:
     """The largest change of any row, relative to what the block adds to that row; inf where it is not a number."""
     assert changed is not None and plain is not None
-    contribution = (plain - hidden).abs().amax(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
-    change = float(((changed - plain).abs().amax(dim=(1, 2)) / contribution).max())
+    contribution = (plain - hidden).abs().flatten(1).amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    change = float(((changed - plain).abs().flatten(1).amax(dim=1) / contribution).max())
     return change if change == change else float("inf")

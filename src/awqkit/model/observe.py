@@ -10,10 +10,12 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+_PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}  # x Wᵀ, as some models write it
 BeforeLinear = Callable[[str, Tensor], "Tensor | None"]
 AfterLinear = Callable[[str, Tensor], "Tensor | None"]
 
@@ -44,24 +46,27 @@ class LinearWatch(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if function is not F.linear:
+        if function is F.linear:
+            inputs, weight, *rest = (*args, *(kwargs[key] for key in ("input", "weight", "bias") if key in kwargs))
+        elif function in _PRODUCTS and len(args) == 2 and isinstance(args[1], Tensor) and args[1].dim() == 2:
+            inputs, weight, rest = args[0], args[1].t(), []
+        else:
             return function(*args, **kwargs)
-        inputs, weight, *rest = (*args, *(kwargs[key] for key in ("input", "weight", "bias") if key in kwargs))
         name = self._names.get(_key(weight))
         if name is None:
             return function(*args, **kwargs)
         if self._before is not None:
             replaced = self._before(name, inputs)
             inputs = inputs if replaced is None else replaced
-        outputs = function(inputs, weight, *rest)
+        outputs = F.linear(inputs, weight, *rest)
         if self._after is not None:
             replaced = self._after(name, outputs)
             outputs = outputs if replaced is None else replaced
         return outputs
 
 
-def _key(weight: Tensor) -> tuple[int, tuple[int, ...]]:
-    return weight.data_ptr(), tuple(weight.shape)
+def _key(weight: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return weight.data_ptr(), tuple(weight.shape), weight.stride()
 
 
 def matrix_parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ class Skeleton:
         self._places = places_on_disk(self._model, source.names)
         # Taken now: weights come and go with new Parameter objects, and tied ones are told by their identity.
         self._shared = {name: id(value) for name, value in self._model.named_parameters(remove_duplicate=False)}
-        self._list_path = _find_block_list(self._model)
+        self._list_path = _find_block_list(self._model, _text_decoder(self._model))
         self._blocks = self._model.get_submodule(self._list_path)
         self._decoder = getattr(self._model, "base_model", self._model)
         self._in_blocks = {id(part) for block in self._blocks for part in block.modules()}
@@ -318,7 +318,7 @@ class Skeleton:
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The block's output hidden states, `[rows, tokens, width]`."""
     outputs = block(hidden, *call.args, **call.kwargs)
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
 
 
 class _Recorder(nn.Module):
@@ -347,10 +347,24 @@ def _split_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, d
     return rest.pop("hidden_states"), (), rest
 
 
-def _find_block_list(model: nn.Module) -> str:
-    """The path of the outermost module list with the most parameters. Raises ModelError where there is none."""
+def _text_decoder(model: nn.Module) -> nn.Module:
+    """The part that transformers calls the decoder: of a model that sees or hears as well, the one for text."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not isinstance(decoder, nn.Module) or not any(isinstance(part, nn.ModuleList) for part in decoder.modules()):
+        return model
+    return decoder
+
+
+def _find_block_list(model: nn.Module, decoder: nn.Module) -> str:
+    """The path of the outermost module list with the most parameters inside `decoder`, a part of `model` or all of it.
+
+    Raises ModelError where there is none.
+    """
+    inside = {id(module) for module in decoder.modules()}
     lists = {
-        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and id(module) in inside
     }
     outermost = {
         path: sum(value.numel() for value in module.parameters())

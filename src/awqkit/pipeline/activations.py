@@ -40,6 +40,7 @@ class TokenRows:
 class HiddenStates:
     """What the next block reads: `[rows, tokens, width]` float32, visited batch by batch and overwritten in place.
 
+    A model with several residual streams has a dimension more.
     tokens_per_batch: how many tokens a batch holds at most (one row at least); None for as many as suit the device.
     num_streams: about how many of this size there will be; together they leave the device room for the work itself.
     """
@@ -59,7 +60,7 @@ class HiddenStates:
         self._states: Tensor | None = None
         for part, started in zip(self._batches, skeleton.start(self._split(rows), device), strict=True):
             if self._states is None:
-                self._states = _place(rows.ids.shape, started.hidden.shape[-1], device, num_streams)
+                self._states = _place(rows.ids.shape, started.hidden.shape[2:], device, num_streams)
             self._states[part] = started.hidden.to(self._states.device)
             self._calls.setdefault(self._key(part), started.calls)
 
@@ -131,7 +132,7 @@ def _batches(shape: torch.Size, tokens_per_batch: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _place(shape: torch.Size, width: int, device: torch.device, num_streams: int) -> Tensor:
-    size_bytes = shape[0] * shape[1] * width * 4 * num_streams
+def _place(shape: torch.Size, width: torch.Size, device: torch.device, num_streams: int) -> Tensor:
+    size_bytes = shape.numel() * width.numel() * 4 * num_streams
     fits = device.type == "cuda" and size_bytes <= _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
-    return torch.empty(*shape, width, device=device if fits else "cpu")
+    return torch.empty(*shape, *width, device=device if fits else "cpu")

@@ -126,7 +126,7 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
     original, gradients, index = streams.calibration.original, streams.gradients, context.index
     kept = None
     if any(recipe.propagates for recipe in recipes):
-        rows, tokens, _ = original.shape
+        rows, tokens = original.shape[:2]
         kept = KeptInputs(context.structure.inputs, rows, tokens, context.device)
     row_weights: Mapping[str, Tensor] = {}
     if gradients is not None:

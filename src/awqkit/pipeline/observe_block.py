@@ -62,6 +62,13 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
     for fold in context.structure.folds:
         if all(context.kept(name) for name in fold.consumers):
             continue  # nothing that s could help
+        inputs = {context.structure.input_of(name).first for name in fold.consumers if not context.kept(name)}
+        if len(inputs) > 1:
+            reason = f"its consumers read {len(inputs)} different tensors, one s is searched for one"
+            refused.append(
+                FoldDecision(fold.label, fold.kind, fold.consumers, fold.num_channels, None, fallback=reason)
+            )
+            continue
         with torch.no_grad():
             error = prove(context.block, run, probe.hidden, context.structure, fold)
         if error <= PROOF_TOLERANCE:
@@ -86,13 +93,14 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
     """For every linear `[out]`: the mean squared gradient of a random probe of the block's output.
 
     One backward pass over a few rows gives G_ii, how much the block's output feels an error in output row i. The
-    probe rows move on to the block's output.
+    probe rows move on to the block's output. A linear that the output feels nothing of has equal weights.
     """
     outputs: dict[str, Tensor] = {}
 
     def after(name: str, output: Tensor) -> None:
-        output.retain_grad()
-        outputs[name] = output
+        if output.requires_grad:  # not where a model only chooses by it, without a gradient
+            output.retain_grad()
+            outputs[name] = output
 
     views = context.structure.linears
     watched = {view.weight: context.parameters[view.weight] for view in views}
@@ -106,9 +114,11 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
             real = ... if mask is None else mask
             (result * noise)[real].sum().backward()
         for view in views:
-            squares[view.name] += outputs[view.weight].grad.square().reshape(-1, view.shape[0]).mean(dim=0)
+            felt = outputs[view.weight].grad if view.weight in outputs else None
+            if felt is not None:
+                squares[view.name] += felt.square().reshape(-1, view.shape[0]).mean(dim=0)
         probe_rows.write(part, result.detach())
-    return squares
+    return {name: square if bool(square.any()) else torch.ones_like(square) for name, square in squares.items()}
 
 
 def observe(

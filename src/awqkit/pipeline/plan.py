@@ -76,23 +76,29 @@ def discover_blocks(skeleton: Skeleton, probe: Probe, device: torch.device) -> l
     for index in range(skeleton.num_blocks):
         kind = skeleton.block_kind(index)
         if kind not in by_kind:
-            block = skeleton.load_block(index, device)
-            try:
-                if sees_later_tokens(block, probe.hidden, probe.calls[index]):
-                    raise ModelError(
-                        f"{skeleton.block_path(index)}: a token sees the ones after it, so this is an encoder; "
-                        "awqkit takes decoder-only models"
-                    )
-                by_kind[kind] = discover(block, probe.runner(block, index), probe.hidden)
-            finally:
-                skeleton.release_block(index)
-            if not by_kind[kind].linears:
-                raise ModelError(
-                    f"{skeleton.block_path(index)}: nothing to quantize, no weight of this block is used as a linear "
-                    "[out, in] (transposed ones, as GPT-2's, are not supported)"
-                )
+            by_kind[kind] = discover_block(skeleton, probe, index, device)
         structures.append(by_kind[kind])
     return structures
+
+
+def discover_block(skeleton: Skeleton, probe: Probe, index: int, device: torch.device) -> BlockStructure:
+    """The structure of one block. Raises ModelError for an encoder's, and where there is nothing to quantize."""
+    block = skeleton.load_block(index, device)
+    try:
+        if sees_later_tokens(block, probe.hidden, probe.calls[index]):
+            raise ModelError(
+                f"{skeleton.block_path(index)}: a token sees the ones after it, so this is an encoder; "
+                "awqkit takes decoder-only models"
+            )
+        found = discover(block, probe.runner(block, index), probe.hidden)
+    finally:
+        skeleton.release_block(index)
+    if not found.linears:
+        raise ModelError(
+            f"{skeleton.block_path(index)}: nothing to quantize, no weight of this block is used as a linear "
+            "[out, in] (transposed ones, as GPT-2's, are not supported)"
+        )
+    return found
 
 
 def plan_run(
@@ -140,6 +146,11 @@ def plan_linears(
     wanted = {name: shape for name, shape in shapes.items() if not recipe.ignores(name)}
     group_size = choose_group_size(recipe.group_size, wanted)
     reasons = {name: "matches --ignore" for name in shapes if name not in wanted}
+    for path, view in views:
+        if view.weight != f"{view.name}.weight":
+            reasons.setdefault(
+                f"{path}.{view.name}", "a parameter of its own, not the weight of a module: no reader would find it"
+            )
     for name, (rows, columns) in wanted.items():
         reason = why_not_held(rows, columns, group_size)
         if reason is not None:

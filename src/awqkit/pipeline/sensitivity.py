@@ -13,15 +13,16 @@ from awqkit.pipeline.context import BlockContext
 
 
 def measure_sensitivity(context: BlockContext, rows: HiddenStates, end_gradient: Tensor) -> dict[str, Tensor]:
-    """For every linear G = E[g gᵀ], `[out, out]` float32; the rows stay where they are.
+    """For every linear G = E[g gᵀ], `[out, out]` float32; the identity where nothing is felt of it. The rows stay.
 
     end_gradient: `[rows, tokens, width]`, of the end loss at the block's output.
     """
     outputs: dict[str, Tensor] = {}
 
     def after(name: str, output: Tensor) -> None:
-        output.retain_grad()
-        outputs[name] = output
+        if output.requires_grad:
+            output.retain_grad()
+            outputs[name] = output
 
     views = context.structure.linears
     watched = {view.weight: context.parameters[view.weight] for view in views}
@@ -32,5 +33,9 @@ def measure_sensitivity(context: BlockContext, rows: HiddenStates, end_gradient:
             result = run_block(context.block, hidden.clone().requires_grad_(True), call)
         result.backward(end_gradient[part].to(result.device, result.dtype))
         for view in views:
-            found[view.name] = accumulate_gram_(found[view.name], outputs[view.weight].grad, mask)
-    return {name: second_moment(mirrored(summed)) for name, summed in found.items()}
+            if view.weight in outputs and outputs[view.weight].grad is not None:
+                found[view.name] = accumulate_gram_(found[view.name], outputs[view.weight].grad, mask)
+    grams = {name: second_moment(mirrored(summed)) for name, summed in found.items()}
+    return {
+        name: gram if bool(gram.any()) else torch.eye(len(gram), device=gram.device) for name, gram in grams.items()
+    }

@@ -62,7 +62,7 @@ class TunableBlock:
             **{name: gain.vector() for name, gain in self.gains.items()},
         }
         outputs = functional_call(self.module, tensors, (hidden, *call.args), dict(call.kwargs))
-        return outputs[0] if isinstance(outputs, tuple) else outputs
+        return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
 
     @property
     def leaves(self) -> list[Tensor]:

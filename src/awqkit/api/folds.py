@@ -1,0 +1,129 @@
+"""`folds`: what discovery finds in each kind of block, before anything is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awqkit.api.device import choose_device
+from awqkit.api.refuse import refuse_incomplete, refuse_misfit
+from awqkit.checkpoint.hub import resolve_model
+from awqkit.checkpoint.reader import Checkpoint
+from awqkit.decisions import as_json
+from awqkit.events import Emit, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
+from awqkit.model.folds import PROOF_TOLERANCE, prove
+from awqkit.model.random_weights import RandomWeights
+from awqkit.model.skeleton import Skeleton
+from awqkit.model.structure import BlockStructure
+from awqkit.model.transformers_bridge import load_config
+from awqkit.options import RunOptions
+from awqkit.pipeline.plan import Probe, discover_block, make_probe
+
+_TASK = "kind of block"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFold:
+    """One place where s can be absorbed. proof_error: the largest relative change of the block's output under powers of
+    two; exact where that is at most 1e-5, and only then is it used."""
+
+    producer: str
+    kind: str
+    consumers: tuple[str, ...]
+    channels: int
+    proof_error: float
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoundKind:
+    """One kind of block. path: of the first of its blocks. linears: name -> (out, in). refused: producer and why it is
+    no fold. unwatched: matrices of the block that are not called exactly once as a linear, which stay as they are."""
+
+    path: str
+    blocks: tuple[int, ...]
+    linears: dict[str, tuple[int, int]]
+    folds: tuple[FoundFold, ...]
+    refused: tuple[tuple[str, str], ...]
+    unwatched: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFolds:
+    """What a model's blocks are. random_weights: whether the weights were made up from the config alone."""
+
+    model: str
+    random_weights: bool
+    num_blocks: int
+    kinds: tuple[FoundKind, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON-able values."""
+        return as_json(self)
+
+
+def folds(
+    model: str | Path, *, random_weights: bool = False, options: RunOptions | None = None, emit: Emit = ignore_events
+) -> FoundFolds:
+    """What discovery finds in `model`, a folder or a hub id, and the proof's error of each fold.
+
+    random_weights: take the config alone; the folder needs no weights, and of a hub model none are fetched. One block
+    at a time is in memory. Raises AwqkitError where the model cannot be understood.
+    """
+    options = options or RunOptions()
+    device = choose_device(options.device)
+    directory = resolve_model(model, weights=not random_weights)
+    config = load_config(directory, trust_remote_code=options.trust_remote_code)
+    if random_weights:
+        source = RandomWeights(config, trust_remote_code=options.trust_remote_code)
+        skeleton = Skeleton(config, source, trust_remote_code=options.trust_remote_code)
+    else:
+        checkpoint = Checkpoint.open(directory)
+        skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
+        refuse_incomplete(checkpoint, skeleton)
+        refuse_misfit(checkpoint, skeleton)
+    probe = make_probe(skeleton, device)
+    kinds: dict[Any, list[int]] = {}
+    for index in range(skeleton.num_blocks):
+        kinds.setdefault(skeleton.block_kind(index), []).append(index)
+    emit(TaskStarted(_TASK, len(kinds)))
+    found = []
+    for done, blocks in enumerate(kinds.values(), 1):
+        found.append(_look_at_kind(skeleton, probe, blocks, device))
+        emit(TaskAdvanced(_TASK, done))
+    emit(TaskFinished(_TASK))
+    return FoundFolds(str(model), random_weights, skeleton.num_blocks, tuple(found))
+
+
+def _look_at_kind(skeleton: Skeleton, probe: Probe, blocks: Sequence[int], device: torch.device) -> FoundKind:
+    first = blocks[0]
+    structure = discover_block(skeleton, probe, first, device)
+    return FoundKind(
+        skeleton.block_path(first),
+        tuple(blocks),
+        {view.name: view.shape for view in structure.linears},
+        _proved(skeleton, probe, first, structure, device),
+        tuple((refusal.label, refusal.reason) for refusal in structure.refusals),
+        structure.unwatched,
+    )
+
+
+def _proved(
+    skeleton: Skeleton, probe: Probe, index: int, structure: BlockStructure, device: torch.device
+) -> tuple[FoundFold, ...]:
+    block = skeleton.load_block(index, device)
+    run = probe.runner(block, index)
+    found = []
+    try:
+        with torch.no_grad():
+            for fold in structure.folds:
+                error = prove(block, run, probe.hidden, structure, fold)
+                exact = error <= PROOF_TOLERANCE
+                found.append(FoundFold(fold.label, fold.kind, fold.consumers, fold.num_channels, error, exact))
+    finally:
+        skeleton.release_block(index)
+    return tuple(found)

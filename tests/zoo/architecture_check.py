@@ -1,0 +1,186 @@
+"""What awqkit makes of a small architecture: found, streamed, folded, quantized, loaded, each held to the original."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from small_models import VOCABULARY, settings_by_hand, small_config, small_model
+from tiny_models import WeightsOf, save_tiny
+from torch import Tensor, nn
+
+from awqkit import Recipe, RunOptions, load, quantize
+from awqkit.errors import AwqkitError
+from awqkit.methods.fold import consumer_scale
+from awqkit.model.folds import PROOF_TOLERANCE, prove
+from awqkit.model.skeleton import Skeleton, run_block
+from awqkit.model.structure import BlockStructure
+from awqkit.numerics.grid import dequantize
+from awqkit.pipeline import run as pipeline_run
+from awqkit.pipeline.plan import Found, look_at
+
+CPU = torch.device("cpu")
+STREAMED, LOADED = 1e-5, 1e-5  # largest distance of logits, relative to their norm
+FOLDED = {torch.float64: 1e-6, torch.float32: 1e-5}  # the second where a module insists on float32
+ROWS, TOKENS = 18, 24
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """linears, folds: how many in each block that is unlike the ones before it. reason: why it is not handled."""
+
+    blocks: int = 0
+    linears: tuple[int, ...] = ()
+    folds: tuple[int, ...] = ()
+    reason: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As the data file has it."""
+        if self.reason is not None:
+            return {"reason": self.reason}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+                if name != "reason"}  # fmt: skip
+
+
+class NotHandled(Exception):
+    """The reason is its text."""
+
+
+def outcome_of(model_type: str) -> Outcome:
+    """Run every check; a check that fails is an AssertionError, what awqkit refuses is a reason."""
+    model = _built(model_type)
+    try:
+        skeleton = Skeleton(model.config, WeightsOf(model))
+        found = look_at(skeleton, CPU)
+        _streams_exactly(model, skeleton, found)
+        folds = _folds_exactly(model, skeleton, found)
+        with TemporaryDirectory() as folder:
+            _loads_exactly(model, Path(folder))
+    except AwqkitError as error:
+        return Outcome(reason=_plain(error))
+    distinct = list(dict.fromkeys(map(id, found.structures)))
+    structures = {id(structure): structure for structure in found.structures}
+    linears = tuple(len(structures[key].linears) for key in distinct)
+    return Outcome(skeleton.num_blocks, linears, tuple(folds[key] for key in distinct))
+
+
+def _built(model_type: str) -> nn.Module:
+    try:
+        model = small_model(small_config(model_type, settings_by_hand().get(model_type, {})))
+        _logits(model)
+    except Exception as error:  # the zoo's own limits, of as many kinds as there are architectures
+        raise NotHandled(f"not built small: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+    return model
+
+
+def _ids(rows: int = 2, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCABULARY - 2, (rows, TOKENS), generator=torch.Generator().manual_seed(seed))
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=_ids(), use_cache=False).logits
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _streams_exactly(model: nn.Module, skeleton: Skeleton, found: Found) -> None:
+    (started,) = skeleton.start([(_ids(), None)], CPU)
+    hidden = started.hidden
+    with torch.no_grad():
+        for index, call in enumerate(started.calls):
+            hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
+            skeleton.release_block(index)
+        with skeleton.head(CPU) as head:
+            streamed = head(_ids(), hidden, None)
+    distance = _distance(streamed, _logits(model))
+    assert distance < STREAMED, f"streamed block by block the logits are {distance:.1e} away"
+
+
+def _folds_exactly(model: nn.Module, skeleton: Skeleton, found: Found) -> dict[int, int]:
+    """Apply a random s to every proved fold in float64. Returns how many folds each structure has that are proved."""
+    dtype = torch.float64 if _computes_in(model, torch.float64) else torch.float32
+    original, folded = deepcopy(model).to(dtype), deepcopy(model).to(dtype)
+    generator, proved = torch.Generator().manual_seed(0), {}
+    for index, structure in enumerate(found.structures):
+        block = skeleton.load_block(index, CPU)
+        run = found.probe.runner(block, index)
+        with torch.no_grad():
+            exact = [
+                fold for fold in structure.folds
+                if prove(block, run, found.probe.hidden, structure, fold) <= PROOF_TOLERANCE
+            ]  # fmt: skip
+        skeleton.release_block(index)
+        proved.setdefault(id(structure), len(exact))
+        parameters = dict(folded.get_submodule(skeleton.block_path(index)).named_parameters())
+        for fold in exact:
+            _apply(fold, structure, parameters, generator)
+    distance = _distance(_logits(folded), _logits(original))
+    assert distance < FOLDED[dtype], f"folded in {dtype} the logits are {distance:.1e} away"
+    return proved
+
+
+def _computes_in(model: nn.Module, dtype: torch.dtype) -> bool:
+    try:
+        _logits(deepcopy(model).to(dtype))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _apply(fold: Any, structure: BlockStructure, parameters: dict[str, Tensor], generator: torch.Generator) -> None:
+    s = torch.exp(torch.empty(fold.num_channels, dtype=torch.float64).uniform_(-1.0, 1.0, generator=generator))
+    read = torch.zeros(fold.num_channels, dtype=torch.bool)
+    for channel_of in fold.channel_of.values():
+        read[channel_of[channel_of >= 0]] = True
+    s = torch.where(read, s, 1.0)
+    with torch.no_grad():
+        for name in fold.producer:
+            value = parameters[name]
+            along = s.reshape(-1, *(1,) * (value.dim() - 1))
+            value.copy_((1.0 + value) / along - 1.0 if name == fold.offset else value / along)
+        for consumer in fold.consumers:
+            parameters[structure.linear(consumer).weight].mul_(consumer_scale(s, fold.channel_of[consumer]))
+
+
+def _loads_exactly(model: nn.Module, folder: Path) -> None:
+    """Quantize a saved copy, load it, and hold it to the original with what was simulated in its places."""
+    save_tiny(model, folder / "source")
+    simulated: dict[str, Any] = {}
+    quantize_block = pipeline_run.quantize_block
+
+    def recorded(context: Any, *arguments: Any) -> Any:
+        result = quantize_block(context, *arguments)
+        path = context.block_plan.path
+        for name, value in result.stored.items():
+            simulated[f"{path}.{name}"] = value.to(torch.bfloat16).float()  # as the file holds it
+        for name, weight in result.quantized.items():
+            simulated[f"{path}.{context.structure.linear(name).weight}"] = dequantize(weight.codes, weight.grid)
+        return result
+
+    with patch.object(pipeline_run, "quantize_block", recorded):
+        done = quantize(
+            folder / "source", folder / "out", Recipe.preset("fast"), calibration=_ids(ROWS, 1).tolist(),
+            options=RunOptions(device="cpu"),
+        )  # fmt: skip
+    expected = deepcopy(model)
+    parameters = dict(expected.named_parameters())
+    with torch.no_grad():
+        for name, value in simulated.items():
+            parameters[name].copy_(value)
+    loaded = load(done.directory, dtype=torch.float32, device="cpu")
+    distance = _distance(_logits(loaded), _logits(expected))
+    assert distance < LOADED, f"loaded, the logits are {distance:.1e} away from the simulated ones"
+
+
+def _plain(error: AwqkitError) -> str:
+    """The reason without folders of this run."""
+    words = [word if "/" not in word or not word.startswith("/") else "…" for word in str(error).split()]
+    return " ".join(words)
