@@ -58,15 +58,32 @@ def test_a_file_is_no_model(tmp_path: Path, no_hub: None) -> None:
 
 
 def test_a_hub_id_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    asked: list[tuple[str, bool]] = []
 
-    def give(hub_id: str) -> Path:
-        asked.append(hub_id)
+    def give(hub_id: str, weights: bool) -> Path:
+        asked.append((hub_id, weights))
         return tmp_path
 
     monkeypatch.setattr(hub, "_fetch", give)
     assert hub.resolve_model("org/name", show_progress=False) == tmp_path
-    assert asked == ["org/name"]
+    assert hub.resolve_model("org/name", show_progress=False, weights=False) == tmp_path
+    assert asked == [("org/name", True), ("org/name", False)]
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_are_fetched_only_where_they_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool
+) -> None:
+    unwanted: list[list[str]] = []
+
+    def download(_: str, *, ignore_patterns: list[str], **__: object) -> str:
+        unwanted.append(ignore_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub.HfApi, "repo_info", lambda *_, **__: None)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    hub.resolve_model("org/name", show_progress=False, weights=weights)
+    assert ("*.safetensors" in unwanted[0]) is not weights
 
 
 def test_only_the_cache_is_tried_when_the_hub_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +113,7 @@ def test_only_the_cache_is_tried_when_the_hub_is_out_of_reach(tmp_path: Path, mo
     ],
 )
 def test_a_failure_names_both_possibilities(error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: str) -> Path:
+    def fail(*_: object) -> Path:
         raise error
 
     monkeypatch.setattr(hub, "_fetch", fail)
@@ -116,5 +133,5 @@ def test_what_the_hub_refuses_is_told_in_its_terms(
     kind: type[Exception], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = kind.__new__(kind)
-    monkeypatch.setattr(hub, "_fetch", lambda _: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(hub, "_fetch", lambda *_: (_ for _ in ()).throw(error))
     assert expected in refusal("org/name")
