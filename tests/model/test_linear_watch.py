@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awqkit.model.observe import LinearWatch, matrix_parameters
+from awqkit.model.observe import TRANSPOSED, LinearWatch, both_ways, matrix_parameters
 
 
 def test_only_the_watched_linears_are_reported_with_what_goes_in_and_out() -> None:
@@ -49,3 +53,30 @@ def test_a_slice_of_a_stack_is_recognised_and_its_neighbour_is_not() -> None:
 def test_matrices_are_all_two_dimensional_parameters() -> None:
     module = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
     assert list(matrix_parameters(module)) == ["0.weight"]
+
+
+@pytest.mark.parametrize("product", [torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, operator.matmul])
+def test_a_product_with_a_turned_weight_is_a_linear(product: Any) -> None:
+    weight, x, seen = nn.Parameter(torch.randn(5, 4)), torch.randn(3, 4), []
+    with LinearWatch({"it": weight}, before=lambda name, inputs: seen.append(inputs.shape)):
+        found = product(x, weight.t())
+    assert seen == [(3, 4)]
+    torch.testing.assert_close(found, x @ weight.t())
+
+
+def test_a_weight_that_is_in_by_out_is_told_from_one_that_is_out_by_in() -> None:
+    square, bias, x, seen = nn.Parameter(torch.randn(4, 4)), torch.randn(4), torch.randn(3, 4), []
+    with LinearWatch(both_ways({"it": square}), before=lambda name, inputs: seen.append(name)):
+        found = torch.addmm(bias, x, square)
+        F.linear(x, square)
+        x @ square
+        x @ square.t()
+    assert seen == ["it" + TRANSPOSED, "it", "it" + TRANSPOSED, "it"]
+    torch.testing.assert_close(found, x @ square + bias)
+
+
+def test_an_addition_with_factors_is_left_alone() -> None:
+    weight, bias, x = nn.Parameter(torch.randn(4, 4)), torch.randn(4), torch.randn(3, 4)
+    with LinearWatch(both_ways({"it": weight}), before=lambda name, inputs: 0 * inputs):
+        found = torch.addmm(bias, x, weight, beta=2.0)
+    torch.testing.assert_close(found, x @ weight + 2.0 * bias)

@@ -142,12 +142,14 @@ def _apply(fold: Any, structure: BlockStructure, parameters: dict[str, Tensor], 
         read[channel_of[channel_of >= 0]] = True
     s = torch.where(read, s, 1.0)
     with torch.no_grad():
+        rows = structure.linear(fold.producer_linear) if fold.producer_linear else None
         for name in fold.producer:
-            value = parameters[name]
+            value = rows.oriented(parameters[name]) if rows and name == rows.weight else parameters[name]
             along = s.reshape(-1, *(1,) * (value.dim() - 1))
             value.copy_((1.0 + value) / along - 1.0 if name == fold.offset else value / along)
         for consumer in fold.consumers:
-            parameters[structure.linear(consumer).weight].mul_(consumer_scale(s, fold.channel_of[consumer]))
+            view = structure.linear(consumer)
+            view.oriented(parameters[view.weight]).mul_(consumer_scale(s, fold.channel_of[consumer]))
 
 
 def _loads_exactly(model: nn.Module, folder: Path) -> None:
@@ -159,10 +161,12 @@ def _loads_exactly(model: nn.Module, folder: Path) -> None:
     def recorded(context: Any, *arguments: Any) -> Any:
         result = quantize_block(context, *arguments)
         path = context.block_plan.path
+        structure = context.structure
         for name, value in result.stored.items():
             simulated[f"{path}.{name}"] = value.to(torch.bfloat16).float()  # as the file holds it
         for name, weight in result.quantized.items():
-            simulated[f"{path}.{context.structure.linear(name).weight}"] = dequantize(weight.codes, weight.grid)
+            view = structure.linear(name)
+            simulated[f"{path}.{view.weight}"] = view.oriented(dequantize(weight.codes, weight.grid))
         return result
 
     with patch.object(pipeline_run, "quantize_block", recorded):

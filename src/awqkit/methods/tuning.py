@@ -17,9 +17,13 @@ from awqkit.numerics.grid import QuantizedWeight
 
 
 class TunableLinear:
-    """Codes with a group scale that a gradient can reach. log_change: θ `[out, groups]` float32, a leaf."""
+    """Codes with a group scale that a gradient can reach. log_change: θ `[out, groups]` float32, a leaf.
 
-    def __init__(self, quantized: QuantizedWeight) -> None:
+    transposed: whether the parameter that `weight` stands for is `[in, out]`.
+    """
+
+    def __init__(self, quantized: QuantizedWeight, transposed: bool = False) -> None:
+        self._transposed = transposed
         grid = quantized.grid
         rows, columns = quantized.codes.shape
         grouped = quantized.codes.reshape(rows, columns // grid.group_size, grid.group_size)
@@ -29,9 +33,10 @@ class TunableLinear:
         self.log_change = torch.zeros_like(grid.group_scale, requires_grad=True)
 
     def weight(self) -> Tensor:
-        """(q − z) Δ e^θ, `[out, in]` float32, differentiable in θ."""
+        """(q − z) Δ e^θ, `[out, in]` or as the parameter is, float32, differentiable in θ."""
         scale = self._quantized.grid.group_scale * self.log_change.exp()
-        return (self._steps * scale.unsqueeze(-1)).reshape(self._quantized.codes.shape)
+        weight = (self._steps * scale.unsqueeze(-1)).reshape(self._quantized.codes.shape)
+        return weight.t() if self._transposed else weight
 
     def finished(self, stored_dtype: torch.dtype) -> QuantizedWeight:
         """The same codes with the group scales as they will be stored."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from awqkit.model.observe import LinearWatch, matrix_parameters
+from awqkit.model.observe import TRANSPOSED, LinearWatch, both_ways, matrix_parameters
 from awqkit.model.structure import BlockStructure, Fold, LinearInput, LinearView, Refusal
 
 RunBlock = Callable[[], Tensor]
@@ -101,16 +101,19 @@ def prove(
     factor = torch.where(mapped, factor, torch.ones_like(factor))
     parameters = dict(block.named_parameters())
     touched = [*fold.producer, *(structure.linear(name).weight for name in fold.consumers)]
+    rows = structure.linear(fold.producer_linear) if fold.producer_linear else None
     saved = {name: parameters[name].data for name in touched}
     try:
         for name in fold.producer:
-            parameters[name].data = _divided(saved[name], 1.0 / factor, name == fold.offset)
+            turned = rows.oriented(saved[name]) if rows is not None and name == rows.weight else saved[name]
+            divided = _divided(turned, 1.0 / factor, name == fold.offset)
+            parameters[name].data = rows.oriented(divided) if turned is not saved[name] else divided
         for consumer in fold.consumers:
-            weight, channel_of = structure.linear(consumer).weight, fold.channel_of[consumer]
+            view, channel_of = structure.linear(consumer), fold.channel_of[consumer]
             undo = torch.where(
                 channel_of >= 0, 1.0 / factor[channel_of.clamp(min=0)], torch.ones((), device=hidden.device)
             )
-            parameters[weight].data = parameters[weight].data * undo
+            parameters[view.weight].data = view.oriented(view.oriented(parameters[view.weight].data) * undo)
         changed = run()
     finally:
         for name, value in saved.items():
@@ -145,28 +148,36 @@ def _look(
     def after(name: str, outputs: Tensor) -> Tensor | None:
         return outputs * gain[1] if gain is not None and name == gain[0] else None
 
-    with torch.no_grad(), LinearWatch(weights, before, after):
+    with torch.no_grad(), LinearWatch(both_ways(weights), before, after):
         look.output = run()
     return look
 
 
+def _call(view: LinearView) -> str:
+    """The name by which a look at the block knows a linear's weight."""
+    return view.weight + TRANSPOSED if view.transposed else view.weight
+
+
 def _linear_views(block: nn.Module, weights: Mapping[str, Tensor], plain: _Look) -> list[LinearView]:
     views = []
-    for name in plain.order:
-        if name in plain.repeated:
+    for key in plain.order:
+        name, transposed = key.removesuffix(TRANSPOSED), key.endswith(TRANSPOSED)
+        other = name if transposed else name + TRANSPOSED
+        if key in plain.repeated or other in plain.inputs:
             continue  # called more than once: one input does not describe it
         path, _, _ = name.rpartition(".")
         owner = block.get_submodule(path)
         vectors = [leaf for leaf, value in owner.named_parameters(recurse=False) if value.dim() == 1]
         bias = f"{path}.{vectors[0]}" if len(vectors) == 1 else None
-        views.append(LinearView(path or name, name, bias, tuple(weights[name].shape)))
+        shape = tuple(reversed(weights[name].shape)) if transposed else tuple(weights[name].shape)
+        views.append(LinearView(path or name, name, bias, shape, transposed))
     return views
 
 
 def _linear_inputs(plain: _Look, views: Sequence[LinearView]) -> tuple[LinearInput, ...]:
     readers: dict[tuple, list[str]] = {}
     for view in views:
-        tensor = plain.inputs[view.weight]
+        tensor = plain.inputs[_call(view)]
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         readers.setdefault(key, []).append(view.name)
     return tuple(LinearInput(names[0], tuple(names), key[1][-1]) for key, names in readers.items())
@@ -201,7 +212,7 @@ def _consumers(
     factor = _distinct_factors(producer.num_channels, plain.output.device)
     channel_of: dict[str, Tensor] = {}
     undo: dict[str, Tensor] = {}
-    gain = (producer.linear.weight, factor) if producer.linear else None
+    gain = (_call(producer.linear), factor) if producer.linear else None
     with _scaled_vectors(block, producer, factor):
         for _ in range(_MAX_PASSES):
             look = _look(block, run, weights, gain, undo)
@@ -209,11 +220,11 @@ def _consumers(
             for view in views:
                 if view.name in channel_of or view is producer.linear:
                     continue
-                mapping = _read_factors(plain.inputs[view.weight], look.inputs[view.weight], factor)
+                mapping = _read_factors(plain.inputs[_call(view)], look.inputs[_call(view)], factor)
                 if mapping is not None:
                     new[view.name] = mapping
                     measured = torch.where(mapping >= 0, factor[mapping.clamp(min=0)], torch.ones_like(factor[:1]))
-                    undo[view.weight] = 1.0 / measured
+                    undo[_call(view)] = 1.0 / measured
             if not new:
                 break
             channel_of |= new

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+TRANSPOSED = "ᵀ"  # after the name of a parameter that is [in, out]; no parameter is called so
+
 _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}  # x Wᵀ, as some models write it
 BeforeLinear = Callable[[str, Tensor], "Tensor | None"]
 AfterLinear = Callable[[str, Tensor], "Tensor | None"]
@@ -50,6 +52,8 @@ class LinearWatch(TorchFunctionMode):
             inputs, weight, *rest = (*args, *(kwargs[key] for key in ("input", "weight", "bias") if key in kwargs))
         elif function in _PRODUCTS and len(args) == 2 and isinstance(args[1], Tensor) and args[1].dim() == 2:
             inputs, weight, rest = args[0], args[1].t(), []
+        elif function is torch.addmm and len(args) == 3 and args[0].dim() == 1 and not kwargs:
+            inputs, weight, rest = args[1], args[2].t(), [args[0]]
         else:
             return function(*args, **kwargs)
         name = self._names.get(_key(weight))
@@ -72,3 +76,8 @@ def _key(weight: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
 def matrix_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Every two-dimensional parameter below `module`, by its name there: what may turn out to be a linear's weight."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.dim() == 2}
+
+
+def both_ways(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The matrices as they are and, under their names with `TRANSPOSED`, turned: a weight may be `[in, out]`."""
+    return {**weights, **{name + TRANSPOSED: weight.t() for name, weight in weights.items()}}

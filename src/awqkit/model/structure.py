@@ -13,13 +13,18 @@ class LinearView:
     """One `[out, in]` weight of a block, by its path inside the block.
 
     name: module path in the block (`self_attn.q_proj`). weight: name of its weight parameter. bias: of its bias, or
-    None.
+    None. shape: `(out, in)`. transposed: whether the parameter is `[in, out]`, as GPT-2's are.
     """
 
     name: str
     weight: str
     bias: str | None
     shape: tuple[int, int]
+    transposed: bool = False
+
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """The parameter as `[out, in]`, and what is `[out, in]` as the parameter: a view."""
+        return matrix.t() if self.transposed else matrix
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,7 +245,7 @@ def _result(
     stored = {name: value for entry in choice.folds for name, value in entry.stored.items()}
     for view in context.structure.linears:
         if context.kept(view.name):
-            stored[view.weight] = choice.scaled[view.name].weight
+            stored[view.weight] = view.oriented(choice.scaled[view.name].weight).contiguous()
     kept = [
         KeptDecision(plan.name, plan.shape, plan.keep)
         for plan in context.block_plan.linears.values()

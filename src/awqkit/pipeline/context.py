@@ -66,7 +66,13 @@ class BlockContext:
 
     def weight(self, linear: str) -> Tensor:
         """The original float32 weight `[out, in]` of a linear."""
-        return self.parameters[self.structure.linear(linear).weight]
+        view = self.structure.linear(linear)
+        return view.oriented(self.parameters[view.weight])
+
+    @property
+    def oriented(self) -> dict[str, Tensor]:
+        """All parameters by name, every linear's weight as `[out, in]`."""
+        return {**self.parameters, **{view.weight: self.weight(view.name) for view in self.structure.linears}}
 
     def kept(self, linear: str) -> bool:
         """Whether the linear stays in full precision."""

@@ -103,7 +103,7 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
             outputs[name] = output
 
     views = context.structure.linears
-    watched = {view.weight: context.parameters[view.weight] for view in views}
+    watched = {view.weight: context.weight(view.name) for view in views}
     generator = torch.Generator().manual_seed(context.recipe.seed * _SEED_STRIDE + context.index)
     squares = {view.name: torch.zeros(view.shape[0], device=context.device) for view in views}
     for part, hidden, call, mask in probe_rows.batches(context.index):
@@ -130,7 +130,7 @@ def observe(
     """
     by_weight = {context.structure.linear(entry.first).weight: entry for entry in context.structure.inputs}
     found = {entry.first: empty_statistics(entry.num_channels, context.device) for entry in context.structure.inputs}
-    watched = {name: context.parameters[name] for name in by_weight}
+    watched = {name: context.weight(entry.first) for name, entry in by_weight.items()}
     for part, hidden, call, mask in rows.batches(context.index):
         weight = _weights_of(token_weight, part, hidden)
 
@@ -159,11 +159,10 @@ def observe_pair(
 
     quantized_rows: at the block's input, where they stay; each run stops where the input is reached.
     """
-    weight_name = context.structure.linear(entry.first).weight
     paired = empty_paired(entry.num_channels, context.device)
     for part, hidden, call, mask in quantized_rows.batches(context.index):
         with weights_replaced(context, quantized):
-            reached = _input_at(context, weight_name, hidden, call)
+            reached = _input_at(context, entry, hidden, call)
         # both as the original is kept: where the streams are the same, C − Ĥ must be nothing
         pair = (inputs.to(torch.bfloat16) for inputs in (original_at(entry, part, call), reached))
         paired = accumulate_paired_(paired, *pair, mask, _weights_of(token_weight, part, hidden))
@@ -177,19 +176,17 @@ def kept_input(kept: KeptInputs) -> InputAt:
 
 def input_again(context: BlockContext, rows: HiddenStates) -> InputAt:
     """Original inputs by running the block again. rows: original stream at the block's input."""
-    return lambda entry, part, call: _input_at(
-        context, context.structure.linear(entry.first).weight, rows.rows_of(part), call
-    )
+    return lambda entry, part, call: _input_at(context, entry, rows.rows_of(part), call)
 
 
-def _input_at(context: BlockContext, weight_name: str, hidden: Tensor, call: BlockCall) -> Tensor:
+def _input_at(context: BlockContext, entry: LinearInput, hidden: Tensor, call: BlockCall) -> Tensor:
     found: list[Tensor] = []
 
     def before(name: str, inputs: Tensor) -> None:
         found.append(inputs)
         raise Reached
 
-    with torch.no_grad(), LinearWatch({weight_name: context.parameters[weight_name]}, before=before):
+    with torch.no_grad(), LinearWatch({entry.first: context.weight(entry.first)}, before=before):
         run_until_reached(lambda: run_block(context.block, hidden, call))
     return found[0]
 

@@ -95,8 +95,7 @@ def discover_block(skeleton: Skeleton, probe: Probe, index: int, device: torch.d
         skeleton.release_block(index)
     if not found.linears:
         raise ModelError(
-            f"{skeleton.block_path(index)}: nothing to quantize, no weight of this block is used as a linear "
-            "[out, in] (transposed ones, as GPT-2's, are not supported)"
+            f"{skeleton.block_path(index)}: nothing to quantize, no weight of this block is used as a linear"
         )
     return found
 

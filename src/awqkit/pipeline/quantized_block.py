@@ -20,26 +20,26 @@ from awqkit.pipeline.context import BlockContext
 def weights_replaced(context: BlockContext, quantized: Mapping[str, QuantizedLinear]) -> Iterator[None]:
     """Inside, the linears named compute with what their codes mean; for W8A8 their inputs are rounded, too."""
     parameters = dict(context.block.named_parameters())
-    names = {context.structure.linear(name).weight: linear for name, linear in quantized.items()}
+    views = {name: context.structure.linear(name) for name in quantized}
     try:
-        for weight, linear in names.items():
-            parameters[weight].data = linear.restored
-        with _inputs_rounded(context, names):
+        for name, linear in quantized.items():
+            parameters[views[name].weight].data = views[name].oriented(linear.restored)
+        with _inputs_rounded(context, quantized):
             yield
     finally:
-        for weight in names:
-            parameters[weight].data = context.parameters[weight]
+        for view in views.values():
+            parameters[view.weight].data = context.parameters[view.weight]
 
 
-def _inputs_rounded(context: BlockContext, by_weight: Mapping[str, QuantizedLinear]) -> LinearWatch | nullcontext[None]:
+def _inputs_rounded(context: BlockContext, quantized: Mapping[str, QuantizedLinear]) -> LinearWatch | nullcontext[None]:
     if context.recipe.activations == "none":
         return nullcontext()
 
     def before(name: str, inputs: Tensor) -> Tensor:
-        scale = by_weight[name].channel_scale
+        scale = quantized[name].channel_scale
         return round_tokens(inputs / scale) * scale
 
-    return LinearWatch({weight: linear.restored for weight, linear in by_weight.items()}, before=before)
+    return LinearWatch({name: linear.restored for name, linear in quantized.items()}, before=before)
 
 
 def advance(context: BlockContext, rows: HiddenStates, quantized: Mapping[str, QuantizedLinear]) -> None:

@@ -204,7 +204,7 @@ def _search(
         fold.producer_linear is not None and context.kept(fold.producer_linear)
     )
     stored = store_producer(
-        fold, context.parameters, found.per_channel, context.plan.stored_dtype, keeps_full_precision=keeps
+        fold, context.oriented, found.per_channel, context.plan.stored_dtype, keeps_full_precision=keeps
     )
     scale = ScaleSummary(**scale_summary(stored.channel_scale, LOG2_SCALE_POINTS)._asdict())
     decision = FoldDecision(
@@ -215,7 +215,7 @@ def _search(
 
 def _undone(context: BlockContext, entry: AppliedFold, decision: FoldDecision) -> AppliedFold:
     ones = torch.ones_like(entry.channel_scale)
-    return AppliedFold(entry.fold, ones, {name: context.parameters[name] for name in entry.stored}, decision)
+    return AppliedFold(entry.fold, ones, {name: context.oriented[name] for name in entry.stored}, decision)
 
 
 def _scaled_weights(

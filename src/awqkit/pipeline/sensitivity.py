@@ -25,7 +25,7 @@ def measure_sensitivity(context: BlockContext, rows: HiddenStates, end_gradient:
             outputs[name] = output
 
     views = context.structure.linears
-    watched = {view.weight: context.parameters[view.weight] for view in views}
+    watched = {view.weight: context.weight(view.name) for view in views}
     found = {view.name: empty_gram(view.shape[0], context.device) for view in views}
     for part, hidden, call, mask in rows.batches(context.index):
         outputs.clear()

@@ -46,7 +46,10 @@ def start_tuning(skeleton: Skeleton, rows: TokenRows, held_out: TokenRows | None
 def tunable_block(context: BlockContext, result: BlockResult) -> TunableBlock:
     """A block as it was just quantized, on its device, holding nothing of the original's linear weights."""
     structure = context.structure
-    linears = {structure.linear(name).weight: TunableLinear(weight) for name, weight in result.quantized.items()}
+    views = {name: structure.linear(name) for name in result.quantized}
+    linears = {
+        views[name].weight: TunableLinear(weight, views[name].transposed) for name, weight in result.quantized.items()
+    }
     stored = {**context.parameters, **dict(context.block.named_buffers()), **result.stored}
     gains = {
         name: TunableGain.of(stored[name], is_offset=is_offset) for name, is_offset in _gain_vectors(structure).items()
