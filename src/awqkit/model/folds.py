@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ CONSTANT_TOLERANCE = 1e-4  # how much a channel's ratio may vary over the tokens
 PROOF_TOLERANCE = 1e-5  # largest change of the output under powers of two, relative to the block's own contribution
 _ROUGH_TOLERANCE = 1e-3  # the same under random factors, before the proof
 _MAX_PASSES = 8
+_MAX_ROWS_ASKED = 400  # of a fused linear; a hundred heads whose q, k and v lie side by side take about as many
 
 
 @dataclass(slots=True)
@@ -36,6 +38,9 @@ class _Look:
     order: list[str] = field(default_factory=list)
     repeated: set[str] = field(default_factory=set)
     output: Tensor | None = None
+
+
+_Ask = Callable[..., "tuple[dict[str, Tensor], _Look] | None"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,8 @@ def discover(block: nn.Module, run: RunBlock, hidden: Tensor) -> BlockStructure:
     inputs = _linear_inputs(plain, views)
     folds, refusals = [], []
     for producer in _producers(block, views):
-        found = _consumers(block, run, weights, views, plain, producer)
+        ask = partial(_consumers, block, run, weights, views, plain, producer)
+        found = ask() or (_of_some_rows(ask, producer) if producer.linear is not None else None)
         if not found:
             continue
         channel_of, look = found
@@ -207,9 +213,17 @@ def _consumers(
     views: Sequence[LinearView],
     plain: _Look,
     producer: _Producer,
+    rows: Sequence[int] | None = None,
 ) -> tuple[dict[str, Tensor], _Look] | None:
-    """Linears whose input carries the producer's factors, with `channel_of`, and the run with all of them undone."""
+    """Linears whose input carries the producer's factors, with `channel_of`, and the run with all of them undone.
+
+    rows: the only channels that are scaled, or None for all.
+    """
     factor = _distinct_factors(producer.num_channels, plain.output.device)
+    if rows is not None:
+        scaled = torch.zeros_like(factor, dtype=torch.bool)
+        scaled[list(rows)] = True
+        factor = torch.where(scaled, factor, torch.ones_like(factor))
     channel_of: dict[str, Tensor] = {}
     undo: dict[str, Tensor] = {}
     gain = (_call(producer.linear), factor) if producer.linear else None
@@ -229,6 +243,34 @@ def _consumers(
                 break
             channel_of |= new
     return (channel_of, look) if channel_of else None
+
+
+def _of_some_rows(ask: _Ask, producer: _Producer) -> tuple[dict[str, Tensor], _Look] | None:
+    """As `_consumers`, of those rows of a fused linear that can be scaled: v's of q, k and v, up's of gate and up.
+
+    Ranges of rows are halved until the first, the middle and the last row of each agree. What a query or a gate is
+    scaled by goes through a softmax or an activation and is no factor any more.
+    """
+    asked: dict[int, bool] = {}
+
+    def alone(row: int) -> bool:
+        if row not in asked:
+            asked[row] = len(asked) < _MAX_ROWS_ASKED and ask([row]) is not None
+        return asked[row]
+
+    def scalable(first: int, end: int) -> list[int]:
+        said = [alone(row) for row in (first, (first + end - 1) // 2, end - 1)]
+        if not any(said):
+            return []
+        if all(said) and ask(range(first, end)) is not None:
+            return list(range(first, end))
+        if end - first <= 1:
+            return []
+        middle = (first + end) // 2
+        return scalable(first, middle) + scalable(middle, end)
+
+    rows = scalable(0, producer.num_channels)
+    return ask(rows) if rows else None
 
 
 class _scaled_vectors:
@@ -276,11 +318,11 @@ def _read_factors(plain: Tensor, scaled: Tensor, factor: Tensor) -> Tensor | Non
     right = torch.searchsorted(ordered, ratio).clamp(max=ordered.numel() - 1)
     left = (right - 1).clamp(min=0)
     nearer = torch.where((ordered[left] - ratio).abs() < (ordered[right] - ratio).abs(), left, right)
-    matched = (ordered[nearer] - ratio).abs() <= FACTOR_TOLERANCE * ratio.abs()
     unchanged = (ratio - 1.0).abs() <= FACTOR_TOLERANCE
+    matched = ~unchanged & ((ordered[nearer] - ratio).abs() <= FACTOR_TOLERANCE * ratio.abs())
     if not bool((matched | unchanged).all()) or not bool(matched.any()):
         return None
-    return torch.where(matched & ~unchanged, order[nearer], torch.full_like(order[nearer], -1))
+    return torch.where(matched, order[nearer], torch.full_like(order[nearer], -1))
 
 
 def _relative_change(changed: Tensor | None, plain: Tensor | None, hidden: Tensor) -> float:
