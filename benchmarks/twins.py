@@ -140,8 +140,7 @@ def draw_factors(fold: Fold, generator: torch.Generator) -> Tensor:
 
 def read_channels(fold: Fold) -> Tensor:
     """The producer channels that some consumer reads, int64, ascending."""
-    maps = torch.cat(list(fold.channel_of.values()))
-    return maps[maps >= 0].unique()
+    return fold.read.nonzero().flatten()
 
 
 def rescale(
@@ -157,14 +156,17 @@ def rescale(
         return changed.get(name, parameters[name].detach().to(torch.float64))
 
     for fold, factor in drawn:
+        rows = structure.linear(fold.producer_linear) if fold.producer_linear else None
         for name in fold.producer:
-            value = current(name)
+            turned = rows is not None and rows.transposed and name == rows.weight
+            value = current(name).t() if turned else current(name)
             along = factor.reshape(-1, *(1,) * (value.dim() - 1))
-            changed[name] = (1.0 + value) * along - 1.0 if name == fold.offset else value * along
+            scaled = (1.0 + value) * along - 1.0 if name == fold.offset else value * along
+            changed[name] = scaled.t() if turned else scaled
         for consumer, channel_of in fold.channel_of.items():
-            name = structure.linear(consumer).weight
+            view = structure.linear(consumer)
             columns = torch.where(channel_of >= 0, factor[channel_of.clamp(min=0)], torch.ones_like(factor[:1]))
-            changed[name] = current(name) / columns
+            changed[view.weight] = view.oriented(view.oriented(current(view.weight)) / columns)
     return {name: value.to(torch.float32) for name, value in changed.items()}
 
 

@@ -55,9 +55,19 @@ EXPECTED: dict[str, list[Found]] = {
         ("rows", _BIASED_VALUE, ("self_attn.o_proj",), GROUPED_QUERY),
     ],
     "cohere": [*_norms("norm", ("input_layernorm", (*ATTENTION, *GATED))), *_PLAIN_ROWS],
-    "phi3": _norms(
-        "norm", ("input_layernorm", ("self_attn.qkv_proj",)), ("post_attention_layernorm", ("mlp.gate_up_proj",))
-    ),
+    "phi3": [
+        *_norms(
+            "norm", ("input_layernorm", ("self_attn.qkv_proj",)), ("post_attention_layernorm", ("mlp.gate_up_proj",))
+        ),
+        # v's rows come after q's and k's, up's after gate's
+        ("rows", ("self_attn.qkv_proj.weight",), ("self_attn.o_proj",), [96 + channel for channel in GROUPED_QUERY]),
+        (
+            "rows",
+            ("mlp.gate_up_proj.weight",),
+            ("mlp.down_proj",),
+            [MLP_WIDTH + channel for channel in EACH[MLP_WIDTH]],
+        ),
+    ],
 }
 
 

@@ -137,10 +137,7 @@ def _computes_in(model: nn.Module, dtype: torch.dtype) -> bool:
 
 def _apply(fold: Any, structure: BlockStructure, parameters: dict[str, Tensor], generator: torch.Generator) -> None:
     s = torch.exp(torch.empty(fold.num_channels, dtype=torch.float64).uniform_(-1.0, 1.0, generator=generator))
-    read = torch.zeros(fold.num_channels, dtype=torch.bool)
-    for channel_of in fold.channel_of.values():
-        read[channel_of[channel_of >= 0]] = True
-    s = torch.where(read, s, 1.0)
+    s = torch.where(fold.read, s, 1.0)
     with torch.no_grad():
         rows = structure.linear(fold.producer_linear) if fold.producer_linear else None
         for name in fold.producer:

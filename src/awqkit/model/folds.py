@@ -101,10 +101,7 @@ def prove(
     plain = run()
     generator = torch.Generator().manual_seed(seed)
     factor = torch.exp2(torch.randint(-2, 3, (fold.num_channels,), generator=generator).float()).to(hidden.device)
-    mapped = torch.zeros(fold.num_channels, dtype=torch.bool, device=hidden.device)
-    for channel_of in fold.channel_of.values():
-        mapped[channel_of[channel_of >= 0]] = True
-    factor = torch.where(mapped, factor, torch.ones_like(factor))
+    factor = torch.where(fold.read, factor, torch.ones_like(factor))
     parameters = dict(block.named_parameters())
     touched = [*fold.producer, *(structure.linear(name).weight for name in fold.consumers)]
     rows = structure.linear(fold.producer_linear) if fold.producer_linear else None

@@ -36,12 +36,13 @@ def store_producer(
     *,
     keeps_full_precision: bool,
 ) -> StoredProducer:
-    """The producer divided by a searched s, as near to it as the file can hold.
+    """The producer divided by a searched s, as near to it as the file can hold; s is 1 for a channel that nobody reads.
 
     keeps_full_precision: the producing linear or a consumer is stored unquantized, so s must commute with its
     rounding: a power of two. A producing linear that will be quantized takes any s (its rows go to the quantizer in
     float32); its bias, which is stored, then defines s.
     """
+    channel_scale = torch.where(fold.read.to(channel_scale.device), channel_scale, torch.ones_like(channel_scale))
     if keeps_full_precision:
         return _power_of_two_producer(fold, parameters, channel_scale, stored_dtype)
     if fold.offset is not None:

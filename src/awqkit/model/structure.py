@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -53,6 +54,15 @@ class Fold:
     num_channels: int
     consumers: tuple[str, ...]
     channel_of: Mapping[str, Tensor]
+
+    @property
+    def read(self) -> Tensor:
+        """Which of the producer's channels a consumer reads, bool `[producer channels]`; s is 1 for every other."""
+        first = next(iter(self.channel_of.values()))
+        found = torch.zeros(self.num_channels, dtype=torch.bool, device=first.device)
+        for channel_of in self.channel_of.values():
+            found[channel_of[channel_of >= 0]] = True
+        return found
 
     @property
     def label(self) -> str:
