@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import platform
 import time
 from collections.abc import Sequence
@@ -187,11 +188,25 @@ def _quantization_config(skeleton: Skeleton, plan: RunPlan, layout: OutputLayout
             kept += sorted({linear.name, disk_path})
     outside = skeleton.linears_outside_blocks()
     unwatched = [
-        f"{block.path}.{name.removesuffix('.weight')}" for block in plan.blocks for name in block.structure.unwatched
+        path
+        for block in plan.blocks
+        for name in block.structure.unwatched
+        for path in _paths_of_parameter(skeleton, f"{block.path}.{name}")
     ]
     return written.quantization_config(
         layout.scheme, [*kept, *unwatched, *outside], [*everything, *unwatched, *outside]
     )
+
+
+def _paths_of_parameter(skeleton: Skeleton, name: str) -> list[str]:
+    """What readers may call the module of a parameter, and those on disk that it holds together, and their parent."""
+    disk = [each.removesuffix(".weight") for each in skeleton.disk_names(name)]
+    paths = {name.removesuffix(".weight"), *disk}
+    if len(disk) > 1:  # a stack: readers ask for the module that holds its parts
+        steps = zip(*(each.split(".") for each in disk), strict=False)
+        together = itertools.takewhile(lambda words: len(set(words)) == 1, steps)
+        paths |= {name.rpartition(".")[0], ".".join(words[0] for words in together)}
+    return sorted(paths)
 
 
 def _write_companions(

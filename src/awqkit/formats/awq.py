@@ -178,7 +178,8 @@ class AwqFormat:
         kept_set = set(kept)
         units = fused_units(all_linears)
         whole = [unit.path for unit in units if kept_set.issuperset(unit.parts)]
-        entries = [*sorted({*kept, *whole} - {OUTPUT_HEAD}), OUTPUT_HEAD]
+        named = {*kept, *whole}
+        entries = [*sorted(path for path in named - {OUTPUT_HEAD} if not _is_below(path, named)), OUTPUT_HEAD]
         refuse_split(units, kept_set)
         _refuse_shadowed(entries, [linear for linear in all_linears if linear not in kept_set])
         _refuse_shadowed(entries, [unit.path for unit in units if unit.path not in whole])
@@ -207,6 +208,16 @@ class AwqFormat:
                 f"quantization_config has group_size {group_size!r}; expected a positive number or -1"
             )
         return StoredConfig(Scheme(BITS, group_size, False), tuple(config.get("modules_to_not_convert") or ()))
+
+
+def _is_below(path: str, named: set[str]) -> bool:
+    """Whether a parent of `path` is named too, which covers it: readers look for an entry inside a path."""
+    parent = path.rpartition(".")[0]
+    while parent:
+        if parent in named:
+            return True
+        parent = parent.rpartition(".")[0]
+    return False
 
 
 def _refuse_shadowed(entries: Sequence[str], quantized: Sequence[str]) -> None:

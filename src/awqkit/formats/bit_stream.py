@@ -56,7 +56,10 @@ def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
     """
     _refuse_words(words, stream_words(count, bits))
     rows, groups = words.shape[0], -(-count // _CODES)
-    stream = _resized(words.contiguous().view(torch.uint8), groups * bits).reshape(rows, groups, bits)
+    stored = (
+        words.reshape(-1).view(torch.uint8).reshape(rows, _WORD_BYTES * words.shape[1])
+    )  # a single column has strides that no view takes
+    stream = _resized(stored, groups * bits).reshape(rows, groups, bits)
     codes = torch.empty(rows, groups, _CODES, dtype=torch.uint8, device=words.device)
     mask = (1 << bits) - 1
     for element in range(_CODES):

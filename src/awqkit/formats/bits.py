@@ -43,7 +43,7 @@ def unpack_columns(words: Tensor) -> Tensor:
     if words.dtype != torch.int32 or words.dim() != 2:
         raise ValueError(f"words are {words.dtype} {tuple(words.shape)}, expected int32 [rows, columns / 8]")
     rows, num_words = words.shape
-    packed = words.contiguous().view(torch.uint8).reshape(rows, num_words, 4)
+    packed = words.reshape(-1).view(torch.uint8).reshape(rows, num_words, 4)
     codes = torch.empty(rows, num_words, CODES_PER_WORD, dtype=torch.uint8, device=words.device)
     codes[..., _LOW] = packed & 15
     codes[..., _HIGH] = packed >> 4

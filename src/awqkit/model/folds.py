@@ -86,9 +86,15 @@ def discover(block: nn.Module, run: RunBlock, hidden: Tensor) -> BlockStructure:
         else:
             folds.append(fold)
     called = {view.weight for view in views}
-    return BlockStructure(
-        tuple(views), inputs, tuple(folds), tuple(refusals), tuple(name for name in weights if name not in called)
-    )
+    others = tuple(name for name, value in block.named_parameters() if value.dim() > 1 and name not in called)
+    return BlockStructure(tuple(views), inputs, tuple(folds), tuple(refusals), others, _experts(block))
+
+
+def _experts(block: nn.Module) -> tuple[int, ...]:
+    """How many matrices each stack of the block holds, and how many modules each list; convolutions are no stacks."""
+    stacks = {value.shape[0] for value in block.parameters() if value.dim() == 3 and min(value.shape[1:]) > 1}
+    lists = {len(module) for module in block.modules() if isinstance(module, nn.ModuleList) and len(module) > 1}
+    return tuple(sorted(stacks | lists))
 
 
 def prove(

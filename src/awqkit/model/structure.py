@@ -81,13 +81,18 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class BlockStructure:
-    """Everything that discovery found in one kind of block."""
+    """Everything that discovery found in one kind of block.
+
+    unwatched: parameters of two and more dimensions that are no linear's weight. experts: how many like parts the
+    block's stacks and lists hold, each number once.
+    """
 
     linears: tuple[LinearView, ...]
     inputs: tuple[LinearInput, ...]
     folds: tuple[Fold, ...]
     refusals: tuple[Refusal, ...]
     unwatched: tuple[str, ...]
+    experts: tuple[int, ...] = ()
 
     def linear(self, name: str) -> LinearView:
         """The linear of that name."""

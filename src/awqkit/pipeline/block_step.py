@@ -51,6 +51,9 @@ from awqkit.recipe import AUTO, Recipe
 
 Stage = Callable[[str], None]
 
+_UNWATCHED = {2: "not called exactly once as a linear in this block"}
+_STACKED = "several matrices in one parameter, or a convolution: stays in full precision"
+
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
@@ -253,11 +256,7 @@ def _result(
     ]
     for name in context.structure.unwatched:
         shape = tuple(context.parameters[name].shape)
-        kept.append(
-            KeptDecision(
-                f"{context.block_plan.path}.{name}", shape, "not called exactly once as a linear in this block"
-            )
-        )
+        kept.append(KeptDecision(f"{context.block_plan.path}.{name}", shape, _UNWATCHED.get(len(shape), _STACKED)))
     decision = BlockDecision(
         index=context.index,
         path=context.block_plan.path,

@@ -20,6 +20,7 @@ from awqkit.model.skeleton import BlockCall, Skeleton, run_block
 from awqkit.model.structure import BlockStructure
 from awqkit.recipe import DEFAULT_GROUP_SIZES, PER_CHANNEL, Recipe
 
+_CHOOSES = "weighs or chooses experts, as many outputs as there are of them: stays in full precision"
 PROBE_TOKENS = 16
 PROBE_ROWS = 2  # for a proof the second row is the calibration's own hidden states
 
@@ -150,10 +151,15 @@ def plan_linears(
             reasons.setdefault(
                 f"{path}.{view.name}", "a parameter of its own, not the weight of a module: no reader would find it"
             )
+    for index, structure in enumerate(structures):
+        for view in structure.linears:
+            if view.shape[0] == 1 or view.shape[0] in structure.experts:
+                name = f"{skeleton.block_path(index)}.{view.name}"
+                reasons.setdefault(name, _CHOOSES)
     for name, (rows, columns) in wanted.items():
         reason = why_not_held(rows, columns, group_size)
         if reason is not None:
-            reasons[name] = reason
+            reasons.setdefault(name, reason)
         elif skeleton.disk_name(f"{name}.weight") is None and len(skeleton.disk_names(f"{name}.weight")) > 1:
             reasons[name] = f"{len(skeleton.disk_names(f'{name}.weight'))} tensors on disk, one in the model"
     for partners in fused_partners(list(shapes)):
