@@ -33,7 +33,7 @@ class EndGradients:
 
     def token_weight(self, block: int) -> Tensor:
         """`[rows, tokens]` float32, mean 1: the root of each token's mean squared gradient, cut at 20 × the mean."""
-        weight = torch.stack([row.float().square().mean(dim=-1).sqrt() for row in self._gradients[block]])
+        weight = torch.stack([row.float().square().flatten(1).mean(dim=-1).sqrt() for row in self._gradients[block]])
         weight = weight / weight.mean().clamp(min=torch.finfo(torch.float32).tiny)
         weight = weight.clamp(max=_LARGEST_TOKEN_WEIGHT)
         return weight / weight.mean().clamp(min=torch.finfo(torch.float32).tiny)
