@@ -208,3 +208,21 @@ def test_blocks_that_hand_each_other_more_than_hidden_states_are_refused(monkeyp
     skeleton, _ = toy_skeleton(monkeypatch, [Pair(torch.ones(2)), Pair(torch.ones(2))], forward)
     with pytest.raises(ModelError, match="block 0 hands block 1 more than the hidden states"):
         list(skeleton.start([(IDS, None)], CPU))
+
+
+def test_blocks_that_share_a_parameter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Pair()
+    with pytest.raises(ModelError, match=r"blocks 0 and 1 share linear\.weight"):
+        toy_skeleton(monkeypatch, [block, block], lambda model, hidden: hidden)
+
+
+def test_hidden_states_with_something_before_rows_and_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.expand(3, *hidden.shape)
+        for block in model.blocks:
+            hidden = block(hidden)[0]
+        return hidden
+
+    skeleton, _ = toy_skeleton(monkeypatch, [Pair(), Pair()], forward)
+    with pytest.raises(ModelError, match="expected these two first"):
+        list(skeleton.start([(IDS, None)], CPU))

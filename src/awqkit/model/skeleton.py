@@ -83,6 +83,7 @@ class Skeleton:
         self._blocks = self._model.get_submodule(self._list_path)
         self._decoder = getattr(self._model, "base_model", self._model)
         self._in_blocks = {id(part) for block in self._blocks for part in block.modules()}
+        self._refuse_shared_blocks()
         self._answer: Answer | None = None
         self._name_of_shared = {self._shared[name]: name for name in self.names() if name in self._shared}
 
@@ -212,6 +213,17 @@ class Skeleton:
             for _, module in outside:
                 _to_meta(module, recurse=False)
 
+    def _refuse_shared_blocks(self) -> None:
+        """Raises ModelError where two blocks hold one parameter: what one block stores would change the other."""
+        owner: dict[int, int] = {}
+        for index, block in enumerate(self._blocks):
+            for name, value in block.named_parameters():
+                first = owner.setdefault(id(value), index)
+                if first != index:
+                    raise ModelError(
+                        f"{self._list_path}: blocks {first} and {index} share {name}: cannot quantize them one by one"
+                    )
+
     def _inside_block(self, module: nn.Module) -> bool:
         return id(module) in self._in_blocks
 
@@ -242,6 +254,11 @@ class Skeleton:
                     raise ModelError(f"block {index} of {self._list_path} was called out of order: cannot stream it")
                 inputs, rest, kwargs = _split_hidden(args, kwargs)
                 if index == 0:
+                    if inputs.shape[:2] != ids.shape:
+                        raise ModelError(
+                            f"{self._list_path}: the first block gets hidden states of shape {list(inputs.shape)} for "
+                            f"{len(ids)} rows of {ids.shape[1]} tokens, expected these two first: cannot stream it"
+                        )
                     hidden.append(inputs)
                 elif not _same(inputs, handed[0]):
                     raise ModelError(
