@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -187,22 +187,27 @@ def _quantization_config(skeleton: Skeleton, plan: RunPlan, layout: OutputLayout
         if disk_path not in packed:
             kept += sorted({linear.name, disk_path})
     outside = skeleton.linears_outside_blocks()
+    shapes = skeleton.shapes_on_disk()
     unwatched = [
         path
         for block in plan.blocks
         for name in block.structure.unwatched
-        for path in _paths_of_parameter(skeleton, f"{block.path}.{name}")
+        for path in _paths_of_parameter(f"{block.path}.{name}", skeleton, shapes)
     ]
     return written.quantization_config(
         layout.scheme, [*kept, *unwatched, *outside], [*everything, *unwatched, *outside]
     )
 
 
-def _paths_of_parameter(skeleton: Skeleton, name: str) -> list[str]:
-    """What readers may call the module of a parameter, and those on disk that it holds together, and their parent."""
+def _paths_of_parameter(name: str, skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What readers may call the module of a parameter, and those on disk that it holds together, and their parent.
+
+    shapes: of every tensor on disk.
+    """
     disk = [each.removesuffix(".weight") for each in skeleton.disk_names(name)]
     paths = {name.removesuffix(".weight"), *disk}
-    if len(disk) > 1:  # a stack: readers ask for the module that holds its parts
+    matrices = all(len(shapes.get(each, ())) == 2 for each in skeleton.disk_names(name))
+    if len(disk) > 1 and matrices:  # a stack of experts: readers ask for the module that holds them
         steps = zip(*(each.split(".") for each in disk), strict=False)
         together = itertools.takewhile(lambda words: len(set(words)) == 1, steps)
         paths |= {name.rpartition(".")[0], ".".join(words[0] for words in together)}
