@@ -12,8 +12,9 @@ from tiny_models import FAMILIES, WeightsOf, block_probes, tiny_model
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
+from awqkit.model.block_calls import run_block
 from awqkit.model.disk_places import places_on_disk
-from awqkit.model.skeleton import Skeleton, run_block
+from awqkit.model.skeleton import Skeleton
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,8 @@ from tiny_contexts import CPU, block_context, hidden_states, token_ids
 from tiny_models import WIDTH, WeightsOf, tiny_model
 from torch import Tensor
 
-from awqkit.model.skeleton import Skeleton, run_block
+from awqkit.model.block_calls import run_block
+from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.statistics import Statistics
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.observe_block import observe

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from awqkit import Recipe
 from awqkit.api.load import load
-from awqkit.model.skeleton import Skeleton, run_block
+from awqkit.model.block_calls import run_block
+from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.divergence import token_kl
 from awqkit.numerics.grid import dequantize
 from awqkit.pipeline import tune as tune_module

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from awqkit import Recipe, RunOptions, load, quantize
 from awqkit.errors import AwqkitError
 from awqkit.methods.fold import consumer_scale
+from awqkit.model.block_calls import run_block
 from awqkit.model.folds import PROOF_TOLERANCE, prove
-from awqkit.model.skeleton import Skeleton, run_block
+from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
 from awqkit.numerics.grid import dequantize
 from awqkit.pipeline import run as pipeline_run

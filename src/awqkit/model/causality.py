@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from awqkit.model.skeleton import BlockCall, run_block
+from awqkit.model.block_calls import BlockCall, run_block
 
 _TOLERANCE = 1e-3  # of the block's own contribution; a causal block changes by nothing but summation order
 

@@ -7,15 +7,16 @@ arguments. One block at a time has weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
+from awqkit.model.block_calls import Answer, BlockInputs, blocks_replaced, record_calls
+from awqkit.model.block_list import find_block_list
 from awqkit.model.disk_places import joined, places_on_disk
 from awqkit.model.transformers_bridge import empty_model
 
@@ -33,43 +34,6 @@ class WeightSource(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCall:
-    """The arguments of one block besides the hidden states, as the model itself passes them."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class BlockInputs:
-    """What a batch of rows turns into before the first block: `hidden` `[rows, tokens, width]`, one call per block."""
-
-    hidden: Tensor
-    calls: tuple[BlockCall, ...]
-
-
-class _HandsMore(ModelError):
-    """Blocks that pass something on beside the hidden states: no other answer would be the model's own."""
-
-
-class _Beside:
-    """Stands for what a block gives beside its hidden states; no block may get it."""
-
-
-Answer = Callable[[Tensor], Any]
-
-# How a block gives its hidden states back, the plainest first: what the model's own forward accepts is taken.
-_ANSWERS: tuple[Answer, ...] = (
-    lambda hidden: hidden,
-    lambda hidden: (hidden,),
-    lambda hidden: (hidden, _Beside()),
-    lambda hidden: (hidden, None),
-    lambda hidden: (hidden, _Beside(), _Beside()),
-    lambda hidden: (hidden, None, None),
-)
-
-
 class Skeleton:
     """A causal language model whose parameters are on the meta device until a part is asked for."""
 
@@ -79,11 +43,10 @@ class Skeleton:
         self._places = places_on_disk(self._model, source.names)
         # Taken now: weights come and go with new Parameter objects, and tied ones are told by their identity.
         self._shared = {name: id(value) for name, value in self._model.named_parameters(remove_duplicate=False)}
-        self._list_path = _find_block_list(self._model, _text_decoder(self._model))
+        self._list_path = find_block_list(self._model)
         self._blocks = self._model.get_submodule(self._list_path)
         self._decoder = getattr(self._model, "base_model", self._model)
         self._in_blocks = {id(part) for block in self._blocks for part in block.modules()}
-        self._refuse_shared_blocks()
         self._answer: Answer | None = None
         self._name_of_shared = {self._shared[name]: name for name in self.names() if name in self._shared}
 
@@ -200,9 +163,8 @@ class Skeleton:
             keywords = {} if mask is None else {"attention_mask": mask.to(torch.int64)}
             if self._answer is None:
                 self._record(ids, mask)
-            assert self._answer is not None
             answer = self._answer
-            with self._blocks_replaced(lambda index: lambda *args, **kwargs: answer(hidden)):
+            with blocks_replaced(self._blocks, lambda index: lambda *args, **kwargs: answer(hidden)):
                 return self._model(input_ids=ids, use_cache=False, **keywords).logits
 
         try:
@@ -213,91 +175,13 @@ class Skeleton:
             for _, module in outside:
                 _to_meta(module, recurse=False)
 
-    def _refuse_shared_blocks(self) -> None:
-        """Raises ModelError where two blocks hold one parameter: what one block stores would change the other."""
-        owner: dict[int, int] = {}
-        for index, block in enumerate(self._blocks):
-            for name, value in block.named_parameters():
-                first = owner.setdefault(id(value), index)
-                if first != index:
-                    raise ModelError(
-                        f"{self._list_path}: blocks {first} and {index} share {name}: cannot quantize them one by one"
-                    )
-
     def _inside_block(self, module: nn.Module) -> bool:
         return id(module) in self._in_blocks
 
     def _record(self, ids: Tensor, mask: Tensor | None) -> BlockInputs:
-        """The model's own forward with recorders for blocks, which answer as the model expects of its blocks."""
-        first: ModelError | None = None
-        for answer in _ANSWERS if self._answer is None else (self._answer,):
-            try:
-                recorded = self._record_with(answer, ids, mask)
-            except _HandsMore:
-                raise
-            except ModelError as error:
-                first = error if first is None else first
-                continue
-            self._answer = answer
-            return recorded
-        assert first is not None
-        raise first
-
-    def _record_with(self, answer: Answer, ids: Tensor, mask: Tensor | None) -> BlockInputs:
-        hidden: list[Tensor] = []
-        calls: list[BlockCall] = []
-        handed: list[Tensor] = []  # what the block before gave
-
-        def record(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if index != len(calls):
-                    raise ModelError(f"block {index} of {self._list_path} was called out of order: cannot stream it")
-                inputs, rest, kwargs = _split_hidden(args, kwargs)
-                if index == 0:
-                    if inputs.shape[:2] != ids.shape:
-                        raise ModelError(
-                            f"{self._list_path}: the first block gets hidden states of shape {list(inputs.shape)} for "
-                            f"{len(ids)} rows of {ids.shape[1]} tokens, expected these two first: cannot stream it"
-                        )
-                    hidden.append(inputs)
-                elif not _same(inputs, handed[0]):
-                    raise ModelError(
-                        f"{self._list_path}: block {index} reads something else than what block {index - 1} gives, "
-                        "so the model computes between its blocks: cannot stream it"
-                    )
-                if any(isinstance(each, _Beside) for each in (*rest, *kwargs.values())):
-                    raise _HandsMore(
-                        f"{self._list_path}: block {index - 1} hands block {index} more than the hidden states: "
-                        "cannot stream it"
-                    )
-                calls.append(BlockCall(rest, kwargs))
-                handed[:] = [inputs.clone()]
-                return answer(handed[0])
-
-            return forward
-
-        keywords = {} if mask is None else {"attention_mask": mask.to(torch.int64)}
-        try:
-            with torch.no_grad(), self._blocks_replaced(record):
-                self._decoder(input_ids=ids, use_cache=False, **keywords)
-        except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            if len(calls) != len(self._blocks):
-                raise ModelError(f"the model's forward could not be followed through its blocks: {error}") from error
-        if len(calls) != len(self._blocks):
-            raise ModelError(f"the model visited {len(calls)} of its {len(self._blocks)} blocks in {self._list_path}")
-        return BlockInputs(hidden[0].detach(), tuple(calls))
-
-    @contextmanager
-    def _blocks_replaced(self, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-        """Inside, the model calls `forward_of(index)` in the place of each block."""
-        originals = list(self._blocks)
-        for index, block in enumerate(originals):
-            self._blocks[index] = _Recorder(block, forward_of(index))
-        try:
-            yield
-        finally:
-            for index, block in enumerate(originals):
-                self._blocks[index] = block
+        """The model's own forward with recorders for blocks."""
+        recorded, self._answer = record_calls(self._decoder, self._blocks, self._list_path, ids, mask, self._answer)
+        return recorded
 
     def _parameter(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
@@ -330,69 +214,6 @@ class Skeleton:
         if disk is not None:
             return self._source.read(disk)
         return joined(self._places.slices[name], like.shape, self._source.read)
-
-
-def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """The block's output hidden states, `[rows, tokens, width]`."""
-    outputs = block(hidden, *call.args, **call.kwargs)
-    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
-
-
-class _Recorder(nn.Module):
-    """Stands in a block's place; other attributes (an attention type, say) are those of the block."""
-
-    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)
-        object.__setattr__(self, "forward", forward)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_block"), name)
-
-
-def _same(found: Any, expected: Tensor) -> bool:
-    """Equal number by number; NaN is equal to NaN, a damaged checkpoint is found elsewhere."""
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        return False
-    return torch.allclose(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def _split_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), (), rest
-
-
-def _text_decoder(model: nn.Module) -> nn.Module:
-    """The part that transformers calls the decoder: of a model that sees or hears as well, the one for text."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if not isinstance(decoder, nn.Module) or not any(isinstance(part, nn.ModuleList) for part in decoder.modules()):
-        return model
-    return decoder
-
-
-def _find_block_list(model: nn.Module, decoder: nn.Module) -> str:
-    """The path of the outermost module list with the most parameters inside `decoder`, a part of `model` or all of it.
-
-    Raises ModelError where there is none.
-    """
-    inside = {id(module) for module in decoder.modules()}
-    lists = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and id(module) in inside
-    }
-    outermost = {
-        path: sum(value.numel() for value in module.parameters())
-        for path, module in lists.items()
-        if not any(path.startswith(f"{other}.") for other in lists)
-    }
-    if not outermost or max(outermost.values()) == 0:
-        raise ModelError(
-            f"no list of decoder blocks found in {type(model).__name__}: cannot quantize it block by block"
-        )
-    return max(outermost, key=lambda path: outermost[path])
 
 
 def _prefix_of(model: nn.Module, part: nn.Module) -> str:

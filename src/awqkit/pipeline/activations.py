@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awqkit.model.skeleton import BlockCall, Skeleton
+from awqkit.model.block_calls import BlockCall
+from awqkit.model.skeleton import Skeleton
 
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
 _DEVICE_SHARE = 0.3  # of the free device memory that hidden states may take before they live on the host

@@ -19,7 +19,7 @@ from torch import Tensor
 from awqkit.decisions import BlockDecision, FoldDecision, KeptDecision
 from awqkit.methods.evidence import Evidence, propagated_evidence
 from awqkit.methods.linear import QuantizedLinear
-from awqkit.model.skeleton import run_block
+from awqkit.model.block_calls import run_block
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.numerics.statistics import Statistics

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from awqkit.events import BlockFinished, Emit, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.methods.tuning import TunableGain, TunableLinear
-from awqkit.model.skeleton import Skeleton, run_block
+from awqkit.model.block_calls import run_block
+from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.block_step import (

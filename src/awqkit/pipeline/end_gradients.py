@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from awqkit.model.skeleton import Skeleton, run_block
+from awqkit.model.block_calls import run_block
+from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.draw import drawn_tokens
 from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_per_batch
 from awqkit.pipeline.kept_states import kept_states

@@ -10,9 +10,9 @@ from torch import Tensor
 from awqkit.decisions import FoldDecision
 from awqkit.errors import CheckpointError
 from awqkit.methods.linear import QuantizedLinear
+from awqkit.model.block_calls import BlockCall, run_block
 from awqkit.model.folds import PROOF_TOLERANCE, prove
 from awqkit.model.observe import LinearWatch, Reached, run_until_reached
-from awqkit.model.skeleton import BlockCall, run_block
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.statistics import (
     PairedStatistics,

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from awqkit.errors import FormatError, ModelError, UsageError
 from awqkit.methods.plan import LinearPlan
+from awqkit.model.block_calls import BlockCall, run_block
 from awqkit.model.causality import sees_later_tokens
 from awqkit.model.folds import discover
-from awqkit.model.skeleton import BlockCall, Skeleton, run_block
+from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
 from awqkit.recipe import DEFAULT_GROUP_SIZES, PER_CHANNEL, Recipe
 

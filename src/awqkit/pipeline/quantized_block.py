@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from awqkit.methods.linear import QuantizedLinear
+from awqkit.model.block_calls import run_block
 from awqkit.model.observe import LinearWatch
-from awqkit.model.skeleton import run_block
 from awqkit.numerics.activations import round_tokens
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext

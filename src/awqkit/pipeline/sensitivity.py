@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from awqkit.model.block_calls import run_block
 from awqkit.model.observe import LinearWatch
-from awqkit.model.skeleton import run_block
 from awqkit.numerics.statistics import accumulate_gram_, empty_gram, mirrored, second_moment
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext

@@ -17,7 +17,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from awqkit.methods.tuning import TunableGain, TunableLinear
-from awqkit.model.skeleton import BlockCall, Skeleton
+from awqkit.model.block_calls import BlockCall
+from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.divergence import token_kl
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import HiddenStates, TokenRows
