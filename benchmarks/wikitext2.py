@@ -94,7 +94,7 @@ def main() -> None:
             table.append(_measured(args, model, (setting, run_as), method, rows, perplexity_of))
             print(table[-1], flush=True)
     print("\n".join([*table_lines(table, name), *(f"not the papers' protocol: {note}" for note in notes)]))
-    result = {"environment": environment(device), "model": name, "settings": settings_of(args)}
+    result = {"environment": environment(device), "model": name, "settings": settings_of(args) | {"model": name}}
     result |= {"windows": list(windows.shape), "not_the_papers_protocol": notes}
     published = {"model": "Llama-2-7B", "figures": LLAMA2_7B, "sources": SOURCES}
     save(args.name, {**result, "published": published, "rows": [asdict(row) for row in table]}, args.results)
