@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_models import token_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from awqkit import Recipe, RunOptions, load, quantize
+from awqkit import Recipe, RunOptions, convert, load, quantize
 
 SIZES = {
     "vocab_size": 192, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -80,3 +80,14 @@ def test_what_is_loaded_has_the_experts_in_their_places(done):
     for name, value in model.named_parameters():
         if "experts" in name:
             assert torch.equal(loaded.get_parameter(name), value)
+
+
+def test_a_conversion_tells_readers_what_a_run_tells_them(done, tmp_path):
+    folder, form, experts, _ = done
+    other = "compressed-tensors" if form == "awq" else "awq"
+    convert(folder / "out", tmp_path / "other", format=other)
+    settings = json.loads((tmp_path / "other/config.json").read_text())["quantization_config"]
+    listed = settings["modules_to_not_convert" if other == "awq" else "ignore"]
+    assert f"model.layers.0.{experts}" in listed
+    below = [entry for entry in listed if entry.startswith(f"model.layers.0.{experts}.")]
+    assert len([entry for entry in below if entry.split(".")[-2].isdigit()]) == (0 if other == "awq" else 4 * 3)

@@ -146,13 +146,17 @@ def _quantization_config(
     model = empty_model(config, trust_remote_code=trust_remote_code)
     modules = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = {*job.checkpoint.names, *(f"{linear}.weight" for linear in job.linears)}
-    on_disk = places_on_disk(model, names).whole
+    places = places_on_disk(model, names)
+    on_disk = places.whole
     everything, full = list(job.linears), []
     for path in modules:
         disk = on_disk.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")
         paths = sorted({path, disk})
         everything += [each for each in paths if each not in job.linears]
         full += paths if disk not in job.linears else []
+    # experts that the model holds in one stack: no module of its own is there for them
+    experts = [disk.removesuffix(".weight") for parts in places.slices.values() for disk in parts]
+    everything, full = [*everything, *experts], [*full, *experts]
     listed = [entry for entry in kept if entry not in full and _is_there(entry, job)]
     return job.target.quantization_config(job.written, [*full, *listed], [*everything, *listed])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,25 @@ def folds(
 def _look_at_kind(skeleton: Skeleton, probe: Probe, blocks: Sequence[int], device: torch.device) -> FoundKind:
     first = blocks[0]
     structure = discover_block(skeleton, probe, first, device)
+    apart = {fold.label: why for fold in structure.folds if (why := structure.why_not_together(fold.consumers))}
+    refused = {refusal.label: refusal.reason for refusal in structure.refusals} | apart
     return FoundKind(
         skeleton.block_path(first),
         tuple(blocks),
         {view.name: view.shape for view in structure.linears},
-        _proved(skeleton, probe, first, structure, device),
-        tuple((refusal.label, refusal.reason) for refusal in structure.refusals),
+        _proved(skeleton, probe, first, structure, device, apart),
+        tuple(refused.items()),
         structure.unwatched,
     )
 
 
 def _proved(
-    skeleton: Skeleton, probe: Probe, index: int, structure: BlockStructure, device: torch.device
+    skeleton: Skeleton,
+    probe: Probe,
+    index: int,
+    structure: BlockStructure,
+    device: torch.device,
+    left_out: Container[str],
 ) -> tuple[FoundFold, ...]:
     block = skeleton.load_block(index, device)
     run = probe.runner(block, index)
@@ -121,6 +128,8 @@ def _proved(
     try:
         with torch.no_grad():
             for fold in structure.folds:
+                if fold.label in left_out:
+                    continue
                 error = prove(block, run, probe.hidden, structure, fold)
                 exact = error <= PROOF_TOLERANCE
                 found.append(FoundFold(fold.label, fold.kind, fold.consumers, fold.num_channels, error, exact))

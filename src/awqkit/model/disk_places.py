@@ -17,9 +17,8 @@ from awqkit.model.transformers_bridge import as_saved
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor on disk as a view of one parameter or buffer. stride, offset: in elements, from the tensor's start."""
+    """A tensor on disk as a view of one parameter or buffer. stride, offset: in elements, from its start."""
 
-    name: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -66,7 +65,7 @@ def places_on_disk(model: nn.Module, disk_names: Iterable[str]) -> DiskPlaces:
         if view.shape == lost[name].shape and view.stride() == lost[name].stride():
             whole[name] = disk
         else:
-            place = Place(name, tuple(view.shape), view.stride(), view.storage_offset())
+            place = Place(tuple(view.shape), view.stride(), view.storage_offset())
             slices.setdefault(name, {})[disk] = place
     full = {
         name: parts

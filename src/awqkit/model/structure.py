@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +97,13 @@ class BlockStructure:
     def linear(self, name: str) -> LinearView:
         """The linear of that name."""
         return next(view for view in self.linears if view.name == name)
+
+    def why_not_together(self, consumers: Sequence[str]) -> str | None:
+        """Why no one s can be searched for these linears, or None: they read different tensors."""
+        inputs = {self.input_of(name).first for name in consumers}
+        if len(inputs) < 2:
+            return None
+        return f"its consumers read {len(inputs)} different tensors, one s is searched for one"
 
     def input_of(self, name: str) -> LinearInput:
         """The input that the linear of that name reads."""

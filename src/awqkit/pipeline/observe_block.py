@@ -62,9 +62,8 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
     for fold in context.structure.folds:
         if all(context.kept(name) for name in fold.consumers):
             continue  # nothing that s could help
-        inputs = {context.structure.input_of(name).first for name in fold.consumers if not context.kept(name)}
-        if len(inputs) > 1:
-            reason = f"its consumers read {len(inputs)} different tensors, one s is searched for one"
+        reason = context.structure.why_not_together([name for name in fold.consumers if not context.kept(name)])
+        if reason is not None:
             refused.append(
                 FoldDecision(fold.label, fold.kind, fold.consumers, fold.num_channels, None, fallback=reason)
             )
