@@ -14,6 +14,7 @@ from awqkit.api import generated_rows
 from awqkit.api.calibration_rows import given_rows
 from awqkit.events import Caution, Event, Notice, TaskFinished, TaskStarted
 from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.free_memory import free_bytes
 from awqkit.report.analysis import fallbacks
 
 BALANCED = Recipe.preset("balanced", group_size=32, generated=0.25)
@@ -53,7 +54,7 @@ def test_they_change_what_is_chosen_and_the_seed_decides_what_they_are(model: Pa
 def test_without_room_for_the_whole_model_the_text_is_used_alone(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generated_rows, "_free_bytes", lambda device: 1000.0)
+    monkeypatch.setattr(generated_rows, "free_bytes", lambda device: 1000.0)
     summary, events = _quantized(model, tmp_path / "out")
     assert summary["generated_rows"] == 0
     cautions = [event.text for event in events if isinstance(event, Caution)]
@@ -78,7 +79,7 @@ def test_a_model_that_cannot_generate_is_quantized_all_the_same(
 
 def test_free_memory_is_known_on_linux() -> None:
     if Path("/proc/meminfo").exists():
-        assert generated_rows._free_bytes(torch.device("cpu")) > 1e6
+        assert free_bytes(torch.device("cpu")) > 1e6
 
 
 def test_common_start_tokens_of_given_rows() -> None:

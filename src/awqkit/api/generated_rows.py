@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import full_model
 from awqkit.options import RunOptions
 from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.free_memory import free_bytes
 from awqkit.recipe import Recipe
 
 _TASK = "step of the model's own text"
@@ -43,7 +43,7 @@ def with_generated(
     if not sum(counts):
         return rows
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    needed, free = _needed_bytes(checkpoint, dtype), _free_bytes(device)
+    needed, free = _needed_bytes(checkpoint, dtype), free_bytes(device)
     if free is not None and needed > free:
         reason = f"as a whole it takes {needed / 1e9:.1f} GB, and {device.type} has {free / 1e9:.1f} GB free"
         return _without(rows, reason, emit)
@@ -99,14 +99,3 @@ def _without(rows: CalibrationRows, reason: str, emit: Emit) -> CalibrationRows:
 def _needed_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
     weights = sum(tensor.spec.num_bytes // tensor.spec.dtype.itemsize for tensor in checkpoint.tensors.values())
     return _ROOM * weights * dtype.itemsize
-
-
-def _free_bytes(device: torch.device) -> float | None:
-    """None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return 1024.0 * int(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return None

@@ -6,7 +6,6 @@ class made it. Nothing is added to anybody's module.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,31 +19,27 @@ TRANSPOSED = "ᵀ"  # after the name of a parameter that is [in, out]; no parame
 _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}  # x Wᵀ, as some models write it
 BeforeLinear = Callable[[str, Tensor], "Tensor | None"]
 AfterLinear = Callable[[str, Tensor], "Tensor | None"]
-
-
-class Reached(Exception):
-    """Raised by a callback that has what it wants, to spare the rest of the block; `run_until_reached` takes it."""
-
-
-def run_until_reached(run: Callable[[], Any]) -> None:
-    """Run a block up to the linear whose callback raises `Reached`."""
-    with contextlib.suppress(Reached):
-        run()
+WeightOf = Callable[[str], "Tensor | None"]
 
 
 class LinearWatch(TorchFunctionMode):
     """While active, `before(name, inputs)` and `after(name, outputs)` are called around every watched linear.
 
     weights: parameter name -> the tensor to recognise. Either callback may return a tensor that takes the place of
-    the inputs (outputs), or None to leave them.
+    the inputs (outputs), or None to leave them. weight_of(name), asked after `before`: the weight `[out, in]` to
+    compute with, or None for the block's own.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], before: BeforeLinear | None = None, after: AfterLinear | None = None
+        self,
+        weights: Mapping[str, Tensor],
+        before: BeforeLinear | None = None,
+        after: AfterLinear | None = None,
+        weight_of: WeightOf | None = None,
     ) -> None:
         super().__init__()
         self._names = {_key(weight): name for name, weight in weights.items()}
-        self._before, self._after = before, after
+        self._before, self._after, self._weight_of = before, after, weight_of
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -62,6 +57,9 @@ class LinearWatch(TorchFunctionMode):
         if self._before is not None:
             replaced = self._before(name, inputs)
             inputs = inputs if replaced is None else replaced
+        if self._weight_of is not None:
+            replaced = self._weight_of(name)
+            weight = weight if replaced is None else replaced
         outputs = F.linear(inputs, weight, *rest)
         if self._after is not None:
             replaced = self._after(name, outputs)

@@ -11,6 +11,7 @@ store     the values of everything that goes to disk
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,8 +28,6 @@ from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext, Stream, Streams
 from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.observe_block import (
-    input_again,
-    kept_input,
     measure_row_weights,
     observe,
     observe_pair,
@@ -47,6 +46,7 @@ from awqkit.pipeline.search_block import (
     readers_of,
 )
 from awqkit.pipeline.sensitivity import measure_sensitivity
+from awqkit.pipeline.stopped_rows import StoppedRows
 from awqkit.recipe import AUTO, Recipe
 
 Stage = Callable[[str], None]
@@ -158,54 +158,64 @@ def quantize_observed(
     quantized_stream: the calibration rows' where the recipe propagates. It and both of `held_out` move on to the
     block's output.
     """
-    stage("search")
     measured = observed.measured_for(context.recipe)
     originals = original_evidences(context, measured)
-    evidence_of = _evidence_of(context, observed, measured, originals, quantized_stream, held_out)
-    choice = choose(context, proofs.exact, measured, originals, evidence_of)
-    refused, fallback, errors = proofs.refused, None, None
-    if held_out is not None:
-        stage("check")
-        errors, reached = check_held_out(context, held_out, (choose_plainly(context, {}), choice))
-        is_worse = errors[1] > errors[0]
-        if held_out.quantized is not None:
-            held_out.quantized.take(reached[0 if is_worse else 1])
-        if is_worse:
-            fallback = (
-                f"held-out rows were worse than with plain rounding ({errors[1]:.3e} > {errors[0]:.3e}): "
-                "block rounded plainly"
-            )
-            undone = [replace(entry.decision, fallback=entry.decision.fallback or fallback) for entry in choice.folds]
-            choice, refused, errors = choose_plainly(context, originals), (*refused, *undone), (errors[0], errors[0])
-    if quantized_stream is not None:
-        stage("advance")
-        advance(context, quantized_stream, choice.quantized)
+    with ExitStack() as stack:
+        rows, evidence_of = None, _on_the_original(originals)
+        if quantized_stream is not None:
+            rows = stack.enter_context(closing(StoppedRows(context, quantized_stream)))
+            evidence_of = _on_both_streams(context, observed, measured, rows, held_out)
+        stage("search")
+        choice = choose(context, proofs.exact, measured, originals, evidence_of)
+        refused, fallback, errors = proofs.refused, None, None
+        if held_out is not None:
+            stage("check")
+            errors, reached = check_held_out(context, held_out, (choose_plainly(context, {}), choice))
+            is_worse = errors[1] > errors[0]
+            if held_out.quantized is not None:
+                held_out.quantized.take(reached[0 if is_worse else 1])
+            if is_worse:
+                fallback = (
+                    f"held-out rows were worse than with plain rounding ({errors[1]:.3e} > {errors[0]:.3e}): "
+                    "block rounded plainly"
+                )
+                undone = [
+                    replace(entry.decision, fallback=entry.decision.fallback or fallback) for entry in choice.folds
+                ]
+                choice, refused, errors = (
+                    choose_plainly(context, originals),
+                    (*refused, *undone),
+                    (errors[0], errors[0]),
+                )
+        if rows is not None:
+            stage("advance")
+            rows.finish(choice.quantized)
     return choice, _result(context, choice, refused, errors, fallback)
 
 
-def _evidence_of(
-    context: BlockContext,
-    observed: Observed,
-    measured: Measured,
-    originals: Mapping[str, Evidence],
-    quantized_stream: HiddenStates | None,
-    held_out: Stream | None,
+def _on_the_original(originals: Mapping[str, Evidence]) -> EvidenceOf:
+    return lambda entry, quantized: originals[entry.first]
+
+
+def _on_both_streams(
+    context: BlockContext, observed: Observed, measured: Measured, rows: StoppedRows, held_out: Stream | None
 ) -> EvidenceOf:
-    """Without propagation the original stream's evidence; with it both streams are run up to the input in question."""
-    if quantized_stream is None:
-        return lambda entry, quantized: originals[entry.first]
+    """With propagation: the original's input as it was kept, and the one that the quantized stream reaches."""
     assert observed.kept is not None
-    original_at = kept_input(observed.kept)
+    kept = observed.kept
+    choices = metric_choices(context.recipe)
 
     def evidence(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Evidence:
-        paired = observe_pair(context, entry, original_at, quantized_stream, quantized, observed.token_weight)
-        checked = None
+        pairs = ((part, kept.at(entry.first, part), inputs, mask) for part, inputs, mask in rows.at(entry, quantized))
+        paired, checked = observe_pair(entry, pairs, context.device, observed.token_weight), None
         if context.recipe.propagation == AUTO and held_out is not None and held_out.quantized is not None:
-            again = input_again(context, held_out.original)
-            checked = observe_pair(context, entry, again, held_out.quantized, quantized)
-        return propagated_evidence(
-            paired, checked, readers_of(context, entry, measured), metric_choices(context.recipe)
-        )
+            original = StoppedRows(context, held_out.original, wait=False).at(entry, {})
+            reached = StoppedRows(context, held_out.quantized, wait=False).at(entry, quantized)
+            both = (
+                (part, inputs, met, mask) for (part, inputs, mask), (_, met, _) in zip(original, reached, strict=True)
+            )
+            checked = observe_pair(entry, both, context.device)
+        return propagated_evidence(paired, checked, readers_of(context, entry, measured), choices)
 
     return evidence
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from awqkit.decisions import FoldDecision
 from awqkit.errors import CheckpointError
-from awqkit.methods.linear import QuantizedLinear
-from awqkit.model.block_calls import BlockCall, run_block
+from awqkit.model.block_calls import run_block
 from awqkit.model.folds import PROOF_TOLERANCE, prove
-from awqkit.model.observe import LinearWatch, Reached, run_until_reached
+from awqkit.model.observe import LinearWatch
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.statistics import (
     PairedStatistics,
@@ -28,9 +27,8 @@ from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
 from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.plan import Probe
-from awqkit.pipeline.quantized_block import weights_replaced
 
-InputAt = Callable[[LinearInput, slice, BlockCall], Tensor]
+Pair = tuple[slice, Tensor, Tensor, "Tensor | None"]  # rows, their input on both streams, and the mask
 
 _SEED_STRIDE = 1_000_003  # keeps the probes of block i and seed j apart
 
@@ -147,47 +145,15 @@ def observe(
 
 
 def observe_pair(
-    context: BlockContext,
-    entry: LinearInput,
-    original_at: InputAt,
-    quantized_rows: HiddenStates,
-    quantized: Mapping[str, QuantizedLinear],
-    token_weight: Tensor | None = None,
+    entry: LinearInput, pairs: Iterable[Pair], device: torch.device, token_weight: Tensor | None = None
 ) -> PairedStatistics:
-    """One linear input on both streams, with the linears before it in `quantized` replaced on the second.
-
-    quantized_rows: at the block's input, where they stay; each run stops where the input is reached.
-    """
-    paired = empty_paired(entry.num_channels, context.device)
-    for part, hidden, call, mask in quantized_rows.batches(context.index):
-        with weights_replaced(context, quantized):
-            reached = _input_at(context, entry, hidden, call)
+    """One linear input on both streams."""
+    paired = empty_paired(entry.num_channels, device)
+    for part, original, reached, mask in pairs:
         # both as the original is kept: where the streams are the same, C − Ĥ must be nothing
-        pair = (inputs.to(torch.bfloat16) for inputs in (original_at(entry, part, call), reached))
-        paired = accumulate_paired_(paired, *pair, mask, _weights_of(token_weight, part, hidden))
+        pair = (original.to(torch.bfloat16), reached.to(torch.bfloat16))
+        paired = accumulate_paired_(paired, *pair, mask, _weights_of(token_weight, part, reached))
     return finished_paired(paired)
-
-
-def kept_input(kept: KeptInputs) -> InputAt:
-    """Original inputs as they were kept."""
-    return lambda entry, part, call: kept.at(entry.first, part)
-
-
-def input_again(context: BlockContext, rows: HiddenStates) -> InputAt:
-    """Original inputs by running the block again. rows: original stream at the block's input."""
-    return lambda entry, part, call: _input_at(context, entry, rows.rows_of(part), call)
-
-
-def _input_at(context: BlockContext, entry: LinearInput, hidden: Tensor, call: BlockCall) -> Tensor:
-    found: list[Tensor] = []
-
-    def before(name: str, inputs: Tensor) -> None:
-        found.append(inputs)
-        raise Reached
-
-    with torch.no_grad(), LinearWatch({entry.first: context.weight(entry.first)}, before=before):
-        run_until_reached(lambda: run_block(context.block, hidden, call))
-    return found[0]
 
 
 def _weights_of(token_weight: Tensor | None, part: slice, hidden: Tensor) -> Tensor | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,34 +15,32 @@ from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
 
 
-@contextmanager
-def weights_replaced(context: BlockContext, quantized: Mapping[str, QuantizedLinear]) -> Iterator[None]:
-    """Inside, the linears named compute with what their codes mean; for W8A8 their inputs are rounded, too."""
-    parameters = dict(context.block.named_parameters())
-    views = {name: context.structure.linear(name) for name in quantized}
-    try:
-        for name, linear in quantized.items():
-            parameters[views[name].weight].data = views[name].oriented(linear.restored)
-        with _inputs_rounded(context, quantized):
-            yield
-    finally:
-        for view in views.values():
-            parameters[view.weight].data = context.parameters[view.weight]
+def weights_replaced(
+    context: BlockContext,
+    quantized: Mapping[str, QuantizedLinear],
+    before: Callable[[str, Tensor], None] = lambda name, inputs: None,
+) -> LinearWatch:
+    """Inside, the linears named compute with what their codes mean; for W8A8 their inputs are rounded, too.
 
+    quantized: looked up as each linear is reached, so it may grow on the way. before(name, inputs): called first.
+    """
 
-def _inputs_rounded(context: BlockContext, quantized: Mapping[str, QuantizedLinear]) -> LinearWatch | nullcontext[None]:
-    if context.recipe.activations == "none":
-        return nullcontext()
-
-    def before(name: str, inputs: Tensor) -> Tensor:
+    def arrive(name: str, inputs: Tensor) -> Tensor | None:
+        before(name, inputs)
+        if context.recipe.activations == "none" or name not in quantized:
+            return None
         scale = quantized[name].channel_scale
         return round_tokens(inputs / scale) * scale
 
-    return LinearWatch({name: linear.restored for name, linear in quantized.items()}, before=before)
+    def weight_of(name: str) -> Tensor | None:
+        return quantized[name].restored if name in quantized else None
+
+    weights = {view.name: context.weight(view.name) for view in context.structure.linears}
+    return LinearWatch(weights, before=arrive, weight_of=weight_of)
 
 
 def advance(context: BlockContext, rows: HiddenStates, quantized: Mapping[str, QuantizedLinear]) -> None:
-    """Move rows of the quantized stream on to the output of the block as it was quantized."""
+    """Move rows on to the output of the block with these linears quantized."""
     with torch.no_grad(), weights_replaced(context, quantized):
         for part, hidden, call, _ in rows.batches(context.index):
             rows.write(part, run_block(context.block, hidden, call))

@@ -1,0 +1,127 @@
+"""A call that stops half-way and goes on later, with nothing computed twice: a coroutine whose body does not know it.
+
+The body is a model's own forward, which cannot be made a generator. It runs on a thread of its own, and of the two
+threads one always waits for the other. Nothing is computed there: torch functions are handed to the thread that resumes
+the run, so that many stopped runs share its pool of workers, its device and its modes.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+Stop = Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The run called `stop` with this value and waits there."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The run returned this value."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A torch function that the run needs the result of."""
+
+    function: Callable[..., Any]
+    args: tuple
+    kwargs: Mapping[str, Any]
+
+
+class _GivenUp(BaseException):
+    """Unwinds a run that nobody will resume; no `except Exception` of a model takes it."""
+
+
+class StoppingRun:
+    """`body(stop)` without gradients, resumed piece by piece. It is to be closed, finished or not."""
+
+    def __init__(self, body: Callable[[Stop], Any]) -> None:
+        self._told: SimpleQueue[Any] = SimpleQueue()  # by the body's thread
+        self._answers: SimpleQueue[Any] = SimpleQueue()
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._live, body), daemon=True)
+        self._ended = False
+
+    def resume(self) -> Stopped | Finished:
+        """Go on to the next stop or the end. Raises what the body raises."""
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._answers.put(None)
+        while True:
+            told = self._told.get()
+            if isinstance(told, _Asked):
+                self._answers.put(_answer(told))
+                continue
+            self._ended = not isinstance(told, Stopped)
+            if isinstance(told, _Raised):
+                raise told.error
+            return told
+
+    def close(self) -> None:
+        """Let go of a run that is stopped; nothing happens to one that ended."""
+        if self._thread.ident is None or self._ended:
+            return
+        self._answers.put(_Raised(_GivenUp()))
+        self._thread.join()
+        self._ended = True
+
+    def _live(self, body: Callable[[Stop], Any]) -> None:
+        try:
+            with torch.no_grad(), _Deferring(self._ask):
+                result = Finished(body(self._stop))
+        except _GivenUp:
+            return
+        except BaseException as error:
+            result = _Raised(error)
+        self._told.put(result)
+
+    def _stop(self, value: Any) -> None:
+        self._ask(Stopped(value))
+
+    def _ask(self, what: Stopped | _Asked) -> Any:
+        self._told.put(what)
+        answer = self._answers.get()
+        if isinstance(answer, _Raised):
+            raise answer.error
+        return answer
+
+
+def _answer(asked: _Asked) -> Any:
+    try:
+        return asked.function(*asked.args, **asked.kwargs)
+    except Exception as error:  # the body may be ready for it
+        return _Raised(error)
+
+
+class _Deferring(TorchFunctionMode):
+    """Every torch function is computed by whoever `ask` asks; reading an attribute of a tensor is not worth that."""
+
+    def __init__(self, ask: Callable[[_Asked], Any]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(function, "__name__", "") == "__get__":
+            return function(*args, **(kwargs or {}))
+        return self._ask(_Asked(function, args, kwargs or {}))

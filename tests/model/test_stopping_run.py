@@ -1,0 +1,95 @@
+"""A run that stops and goes on computes what it would have computed at once, on the thread that resumes it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from awqkit.model.stopping_run import Finished, Stop, Stopped, StoppingRun
+
+
+def test_it_stops_and_goes_on() -> None:
+    def body(stop: Stop) -> torch.Tensor:
+        doubled = 2 * torch.arange(3.0)
+        stop(doubled)
+        tripled = doubled.mul(1.5)
+        stop(tripled)
+        return tripled + doubled
+
+    run = StoppingRun(body)
+    first, second, last = run.resume(), run.resume(), run.resume()
+    assert isinstance(first, Stopped) and first.value.tolist() == [0, 2, 4]
+    assert isinstance(second, Stopped) and second.value.tolist() == [0, 3, 6]
+    assert isinstance(last, Finished) and last.value.tolist() == [0, 5, 10]
+    run.close()
+
+
+def test_functions_are_computed_by_whoever_resumes() -> None:
+    threads = []
+
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            threads.append(threading.get_ident())
+            return function(*args, **(kwargs or {}))
+
+    def body(stop: Stop) -> torch.Tensor:
+        return torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)).relu()
+
+    with Seen():
+        assert isinstance(StoppingRun(body).resume(), Finished)
+    assert len(threads) >= 4 and set(threads) == {threading.get_ident()}
+
+
+def test_what_the_body_raises_is_raised_where_it_is_resumed() -> None:
+    def body(stop: Stop) -> None:
+        stop(None)
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+    run = StoppingRun(body)
+    run.resume()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run.resume()
+    run.close()
+
+
+def test_the_body_may_be_ready_for_an_error_of_a_function() -> None:
+    def body(stop: Stop) -> str:
+        try:
+            torch.ones(2, 3) @ torch.ones(2, 3)
+        except RuntimeError:
+            return "another way"
+        return "no error"
+
+    assert StoppingRun(body).resume() == Finished("another way")
+
+
+def test_a_run_that_is_let_go_leaves_no_thread_and_cleans_up() -> None:
+    left = []
+
+    def body(stop: Stop) -> None:
+        try:
+            stop(None)
+        except Exception:  # a model's own handler must not keep it alive
+            stop(None)
+        finally:
+            left.append(True)
+
+    before = threading.active_count()
+    run = StoppingRun(body)
+    run.resume()
+    assert threading.active_count() == before + 1
+    run.close()
+    assert left == [True] and threading.active_count() == before
+
+
+def test_one_never_begun_is_closed_without_a_word() -> None:
+    StoppingRun(lambda stop: None).close()
+
+
+def test_nothing_is_recorded_for_gradients() -> None:
+    weight = torch.ones(2, 2, requires_grad=True)
+    with torch.no_grad():
+        finished = StoppingRun(lambda stop: weight @ weight).resume()
+    assert isinstance(finished, Finished) and not finished.value.requires_grad
