@@ -59,10 +59,16 @@ def search_units(channel_of: Tensor, num_producer_channels: int, group_size: int
 def tied_mean(values: Tensor, channel_of: Tensor, num_producer_channels: int) -> Tensor:
     """`values` `[in]` averaged over the input channels that share a producer channel, back on `[in]`; −1 gives 1."""
     tied = channel_of >= 0
-    total = torch.zeros(num_producer_channels, device=values.device).index_add_(0, channel_of[tied], values[tied])
-    count = torch.zeros_like(total).index_add_(0, channel_of[tied], torch.ones_like(values[tied]))
-    mean = total / count.clamp(min=1.0)
+    total = _summed(values[tied].unsqueeze(0), channel_of[tied], num_producer_channels)[0]
+    count = torch.bincount(channel_of[tied], minlength=num_producer_channels)
+    mean = total / count.clamp(min=1)
     return torch.where(tied, mean[channel_of.clamp(min=0)], torch.ones_like(values))
+
+
+def _summed(values: Tensor, place: Tensor, num_places: int) -> Tensor:
+    """`values` `[n, in]` added up by place, `[n, num_places]`, in float64: a GPU adds in no fixed order."""
+    total = torch.zeros(values.shape[0], num_places, dtype=torch.float64, device=values.device)
+    return total.index_add_(1, place, values.double()).to(values.dtype)
 
 
 def candidates(
@@ -162,7 +168,7 @@ def best_per_unit(errors: Tensor, unit_of_group: Tensor) -> Tensor:
     errors: `[candidates, groups]`, unit_of_group: `[groups]` int64.
     """
     units = int(unit_of_group.max()) + 1
-    summed = torch.zeros(errors.shape[0], units, device=errors.device).index_add_(1, unit_of_group, errors)
+    summed = _summed(errors, unit_of_group, units)
     return summed.argmin(dim=0)
 
 
