@@ -120,6 +120,6 @@ def _randomize(model: Any, dtype: torch.dtype, generator: torch.Generator) -> No
         elif "embed" in name:
             fresh = noise
         else:
-            columns = torch.exp(0.4 * torch.randn(value.shape[1], generator=generator))
-            fresh = noise * columns / value.shape[1] ** 0.5
+            columns = torch.exp(0.4 * torch.randn(value.shape[-1], generator=generator))
+            fresh = noise * columns / value.shape[-1] ** 0.5
         value.data = fresh.to(dtype).to(torch.float32)

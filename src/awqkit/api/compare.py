@@ -22,9 +22,10 @@ from awqkit.api.entries import Entry, entries_for, original_bits
 from awqkit.api.evaluate import text_windows
 from awqkit.api.generated_rows import with_generated
 from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
+from awqkit.api.source import open_source
 from awqkit.calibration.sources import Documents, read_documents
 from awqkit.checkpoint.hub import resolve_model
-from awqkit.checkpoint.reader import Checkpoint, refuse_quantized
+from awqkit.checkpoint.reader import Checkpoint
 from awqkit.decisions import CalibrationSummary, as_json
 from awqkit.errors import UsageError
 from awqkit.evaluation.evaluate import Evaluation, evaluate_states
@@ -119,8 +120,10 @@ def compare(
     options = options or RunOptions()
     named = contender_recipes(methods, bits, group_size=group_size, samples=samples, seq_len=seq_len, seed=seed)
     device, directory = choose_device(options.device), resolve_model(model)
-    checkpoint = Checkpoint.open(directory)
-    refuse_quantized(checkpoint)
+    source = open_source(directory)
+    checkpoint = source.checkpoint
+    if source.caution is not None:
+        emit(Caution(source.caution))
     trust = options.trust_remote_code
     skeleton = Skeleton(load_config(directory, trust_remote_code=trust), checkpoint, trust_remote_code=trust)
     refuse_incomplete(checkpoint, skeleton)

@@ -23,7 +23,7 @@ from awqkit.checkpoint.reports import REPORT_FILE, TIMINGS_FILE
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
 from awqkit.errors import CheckpointError, FormatError, UsageError
 from awqkit.events import Caution, Emit, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
-from awqkit.formats.format import FORMATS, Format, stored_format
+from awqkit.formats.format import FORMATS, Format, stored_format, without_quantization
 from awqkit.formats.scheme import Scheme
 from awqkit.model.disk_places import places_on_disk
 from awqkit.model.transformers_bridge import empty_model, load_config
@@ -141,8 +141,6 @@ def _quantization_config(
     job: _Conversion, kept: tuple[str, ...], config: Any, trust_remote_code: bool
 ) -> dict[str, Any]:
     """The target's block: readers match their lists in different ways, so what is kept is found again in the model."""
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     model = empty_model(config, trust_remote_code=trust_remote_code)
     modules = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = {*job.checkpoint.names, *(f"{linear}.weight" for linear in job.linears)}
@@ -184,11 +182,7 @@ def _write_tensors(job: _Conversion, writer: CheckpointWriter, emit: Emit) -> No
 
 def _config(config: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """config.json with the new block at the top level and nowhere else, its other keys as they were."""
-    rest = {key: value for key, value in config.items() if key != "compression_config"}
-    inner = rest.get("text_config")
-    if isinstance(inner, Mapping) and "quantization_config" in inner:
-        rest["text_config"] = {key: value for key, value in inner.items() if key != "quantization_config"}
-    return {**rest, "quantization_config": settings}
+    return {**without_quantization(config), "quantization_config": settings}
 
 
 def _write_companions(

@@ -73,8 +73,8 @@ def _bits_per_weight(plan: RunPlan, recipe: Recipe, written: Format) -> float:
 
 
 def original_bits(checkpoint: Checkpoint, skeleton: Skeleton, plan: RunPlan) -> int:
-    """Bits of a block's weights on disk."""
+    """Bits of a block's weights on disk, with their scales where they have few."""
     block = plan.blocks[0]
     disk = skeleton.disk_name(f"{block.path}.{block.structure.linears[0].weight}")
     assert disk is not None
-    return 8 * checkpoint.dtype(disk).itemsize
+    return round(8 * checkpoint.stored_bytes(disk) / math.prod(checkpoint.shape(disk)))

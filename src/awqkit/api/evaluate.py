@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.api.device import choose_device
+from awqkit.api.source import open_readable
 from awqkit.calibration.rows import cut_windows, token_stream
 from awqkit.calibration.sources import read_documents
 from awqkit.checkpoint.hub import resolve_model
-from awqkit.checkpoint.reader import Checkpoint
 from awqkit.errors import CalibrationError, CheckpointError, UsageError
 from awqkit.evaluation.evaluate import Evaluation, evaluate_windows
 from awqkit.evaluation.load import load_checkpoint
@@ -45,8 +45,8 @@ def evaluate(
         raise UsageError(f"dtype is {dtype!r}; it takes one of {', '.join(DTYPES)}")
     options = options or RunOptions()
     device = choose_device(options.device)
-    checkpoint = Checkpoint.open(resolve_model(model))
-    beside = None if reference is None else Checkpoint.open(resolve_model(reference))
+    checkpoint = open_readable(resolve_model(model))
+    beside = None if reference is None else open_readable(resolve_model(reference))
     trust = options.trust_remote_code
     encoder = load_text_encoder(checkpoint.directory, trust_remote_code=trust)
     documents = read_documents(str(text), render_chat=encoder.render_chat)

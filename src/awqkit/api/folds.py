@@ -11,8 +11,8 @@ import torch
 
 from awqkit.api.device import choose_device
 from awqkit.api.refuse import refuse_incomplete, refuse_misfit
+from awqkit.api.source import open_source
 from awqkit.checkpoint.hub import resolve_model
-from awqkit.checkpoint.reader import Checkpoint
 from awqkit.decisions import as_json
 from awqkit.events import Emit, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
 from awqkit.model.folds import PROOF_TOLERANCE, prove
@@ -82,7 +82,7 @@ def folds(
         source = RandomWeights(config, trust_remote_code=options.trust_remote_code)
         skeleton = Skeleton(config, source, trust_remote_code=options.trust_remote_code)
     else:
-        checkpoint = Checkpoint.open(directory)
+        checkpoint = open_source(directory).checkpoint
         skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
         refuse_incomplete(checkpoint, skeleton)
         refuse_misfit(checkpoint, skeleton)

@@ -10,10 +10,10 @@ from torch import Tensor
 from awqkit.api.calibration_rows import CalibrationRows
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.errors import AwqkitError
+from awqkit.evaluation.load import load_checkpoint
 from awqkit.events import Caution, Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.model.generate import generate_rows
 from awqkit.model.skeleton import Skeleton
-from awqkit.model.transformers_bridge import full_model
 from awqkit.options import RunOptions
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.free_memory import free_bytes
@@ -80,7 +80,7 @@ def _written(
 ) -> Tensor:
     """Rows `[num_rows, tokens]` as long as the text's; the model is in memory no longer than this takes."""
     return generate_rows(
-        full_model(checkpoint.directory, dtype, device, trust_remote_code=options.trust_remote_code),
+        load_checkpoint(checkpoint, dtype, device, trust_remote_code=options.trust_remote_code),
         skeleton.vocabulary_size,
         num_rows=num_rows,
         seq_len=rows.calibration.ids.shape[1],

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from awqkit.api.device import choose_device
+from awqkit.api.source import open_readable
 from awqkit.checkpoint.hub import resolve_model
-from awqkit.checkpoint.reader import Checkpoint
 from awqkit.evaluation.load import load_checkpoint
 
 
@@ -22,5 +22,5 @@ def load(
     linears use torch's int4 kernel where it fits, in other dtypes they are dequantized for every product, exactly.
     Raises AwqkitError.
     """
-    checkpoint = Checkpoint.open(resolve_model(directory))
+    checkpoint = open_readable(resolve_model(directory))
     return load_checkpoint(checkpoint, dtype, choose_device(device), trust_remote_code=trust_remote_code)

@@ -17,9 +17,10 @@ from awqkit.api.device import choose_device
 from awqkit.api.generated_rows import with_generated
 from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
 from awqkit.api.report_page import check_report_path, write_report
+from awqkit.api.source import open_source
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.output import refuse_output
-from awqkit.checkpoint.reader import Checkpoint, refuse_quantized
+from awqkit.checkpoint.reader import Checkpoint
 from awqkit.checkpoint.reports import REPORT_FILE, TIMINGS_FILE
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
 from awqkit.errors import OutputError
@@ -72,8 +73,8 @@ def quantize(
     device = choose_device(options.device)
     directory = resolve_model(model)
     refuse_output(out, directory, options.overwrite)
-    checkpoint = Checkpoint.open(directory)
-    refuse_quantized(checkpoint)
+    source = open_source(directory)
+    checkpoint = source.checkpoint
     config = load_config(directory, trust_remote_code=options.trust_remote_code)
     skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
     refuse_incomplete(checkpoint, skeleton)
@@ -92,7 +93,7 @@ def quantize(
         emit(Notice(text))
     settings = _quantization_config(skeleton, plan, layout, written)
     shapes = {linear.name: linear.shape for linear in plan.linears if linear.keep is None}
-    cautions = tuple(written.cautions(shapes, scheme))
+    cautions = (*filter(None, [source.caution]), *written.cautions(shapes, scheme))
     for text in (*_idle_globs(recipe, plan, skeleton), *cautions):
         emit(Caution(text))
     generating = time.monotonic()
@@ -166,12 +167,15 @@ def _unused_tensors(skeleton: Skeleton, layout: OutputLayout) -> list[str]:
 
 
 def stored_dtype_of(checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
-    """The recipe's dtype, else that of most of the source's float bytes, with float32 written as bfloat16."""
+    """The recipe's dtype, else that of most of the source's float bytes, with float32 written as bfloat16.
+
+    Bytes of low-bit weights do not count.
+    """
     if recipe.dtype is not None:
         return getattr(torch, recipe.dtype)
     sizes: dict[torch.dtype, int] = {}
-    for tensor in checkpoint.tensors.values():
-        if tensor.spec.dtype.is_floating_point:
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.spec.dtype.is_floating_point and name not in checkpoint.derived:
             sizes[tensor.spec.dtype] = sizes.get(tensor.spec.dtype, 0) + tensor.spec.num_bytes
     source = max(sizes, key=lambda dtype: sizes[dtype], default=torch.bfloat16)
     return source if source in (torch.bfloat16, torch.float16) else torch.bfloat16

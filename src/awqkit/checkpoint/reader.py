@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from awqkit.checkpoint.header import StoredTensor, read_header
+from awqkit.checkpoint.header import StoredTensor, TensorSpec, read_header
 from awqkit.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -44,15 +44,29 @@ _QUANTIZED_FILES = ("quantize_config.json", "quant_config.json")
 
 
 @dataclass(frozen=True, slots=True)
+class Derived:
+    """A tensor that is computed from stored ones when it is read. parts: their names; compute: from them by name."""
+
+    spec: TensorSpec
+    parts: tuple[str, ...]
+    compute: Callable[[Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A local model folder with safetensors weights.
 
-    config: config.json as it is. tensors: name on disk -> dtype, shape and place, in the order of the data.
+    config: config.json as it is. tensors: name -> dtype, shape and place, in the order of the data. derived: those of
+    them that are computed from what lies on disk. hidden: name on disk -> the derived tensor it goes into, for all that
+    is no tensor by itself.
     """
 
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    hidden: Mapping[str, str] = field(default_factory=dict)
+    _on_disk: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -64,6 +78,20 @@ class Checkpoint:
             tensors = read_header(directory / _single_file(directory, files))
         return cls(directory, _read_config(directory), {tensor.spec.name: tensor for tensor in tensors})
 
+    def with_derived(self, derived: Iterable[Derived], config: Mapping[str, Any]) -> Checkpoint:
+        """The same folder with `config` in the place of its own, and tensors in the place of their parts."""
+        by_name = {each.spec.name: each for each in derived}
+        goes_into = {part: name for name, each in by_name.items() for part in each.parts}
+        tensors: dict[str, StoredTensor] = {}
+        for name, stored in self.tensors.items():
+            into = goes_into.get(name)
+            if into is None:
+                tensors[name] = stored
+            elif into not in tensors:  # in the place of its first part
+                tensors[into] = replace(stored, spec=by_name[into].spec)
+        hidden = {part: name for part, name in goes_into.items() if part != name}
+        return Checkpoint(self.directory, config, tensors, by_name, hidden, self.tensors)
+
     @property
     def names(self) -> tuple[str, ...]:
         """All tensor names, file by file in the order of the data."""
@@ -71,8 +99,8 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.spec.num_bytes for tensor in self.tensors.values())
+        """Bytes of all tensors on disk."""
+        return sum(tensor.spec.num_bytes for tensor in (self._on_disk or self.tensors).values())
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of tensor `name`. Raises CheckpointError for an unknown name."""
@@ -82,9 +110,21 @@ class Checkpoint:
         """The shape of tensor `name`. Raises CheckpointError for an unknown name."""
         return self._stored(name).spec.shape
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes on disk of tensor `name`, of all its parts where it is derived. Raises CheckpointError."""
+        if name in self.derived:
+            return sum(self._on_disk[part].spec.num_bytes for part in self.derived[name].parts)
+        return self._stored(name).spec.num_bytes
+
     def read(self, name: str) -> Tensor:
         """Tensor `name` on the CPU, in its stored dtype, in memory of its own. Raises CheckpointError."""
-        stored = self._stored(name)
+        derived = self.derived.get(name)
+        if derived is None:
+            return self._read(self._stored(name))
+        computed = derived.compute({part: self._read(self._on_disk[part]) for part in derived.parts})
+        return computed.to(derived.spec.dtype)
+
+    def _read(self, stored: StoredTensor) -> Tensor:
         # A plain read, no memory map: a mapped shard would count as resident while it is open.
         buffer = torch.empty(stored.spec.num_bytes, dtype=torch.uint8)
         try:
@@ -132,7 +172,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _quantized(where: Path, found: str) -> CheckpointError:
     return CheckpointError(
-        f"{where}: {found}: the model is quantized already; give the original bf16, fp16 or fp32 one"
+        f"{where}: {found}: the model is quantized already; give the original bf16, fp16 or fp32 one "
+        "(or one in fp8 or compressed-tensors)"
     )
 
 

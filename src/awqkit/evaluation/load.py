@@ -28,12 +28,16 @@ def load_checkpoint(
     """
     found = stored_format(checkpoint.config)
     dtype = dtype or stored_dtype(checkpoint.config)
+    if checkpoint.derived:  # transformers would read the folder itself, with the weights as they lie there
+        model = empty_model(
+            load_config(checkpoint.directory, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+        )
+        _fill_rest(model, checkpoint, {}, dtype, device)
+        return finish_loading(model, checkpoint.directory)
     if found is None:
         return full_model(checkpoint.directory, dtype, device, trust_remote_code=trust_remote_code)
     stored, settings = found
     config = load_config(checkpoint.directory, trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     model = empty_model(config, trust_remote_code=trust_remote_code)
     scheme = settings.scheme
     linear_class = PackedLinear if scheme.activations == "none" else Int8Linear

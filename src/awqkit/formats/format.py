@@ -81,9 +81,7 @@ def stored_format(config: Mapping[str, Any]) -> tuple[Format, StoredConfig] | No
     Looks where vLLM looks: the top level, then `text_config`, then `compression_config`. Raises
     CheckpointError for a method that is not in FORMATS.
     """
-    text_config = config.get("text_config")
-    inner = text_config.get("quantization_config") if isinstance(text_config, Mapping) else None
-    settings = config.get("quantization_config") or inner or config.get("compression_config")
+    settings = quantization_settings(config)
     if not settings:
         return None
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
@@ -91,3 +89,19 @@ def stored_format(config: Mapping[str, Any]) -> tuple[Format, StoredConfig] | No
         raise CheckpointError(f"the checkpoint is quantized by {method!r}; only {', '.join(FORMATS)} can be read")
     found = FORMATS[method]
     return found, found.read_config(settings)
+
+
+def quantization_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config.json says of how its weights are quantized, where vLLM looks for it, or None."""
+    text_config = config.get("text_config")
+    inner = text_config.get("quantization_config") if isinstance(text_config, Mapping) else None
+    return config.get("quantization_config") or inner or config.get("compression_config")
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config.json saying nothing of it."""
+    rest = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    inner = rest.get("text_config")
+    if isinstance(inner, Mapping) and "quantization_config" in inner:
+        rest["text_config"] = {key: value for key, value in inner.items() if key != "quantization_config"}
+    return rest

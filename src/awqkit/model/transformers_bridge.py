@@ -72,7 +72,7 @@ def _start_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a model folder.
+    """The transformers config of a model folder, saying nothing of how its weights are quantized.
 
     Raises CheckpointError where the folder brings its own modelling code and that was not allowed, or where
     transformers does not know the architecture.
@@ -80,7 +80,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise _needs_trust(directory) from error
@@ -88,6 +88,10 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
             f"{directory / 'config.json'}: transformers cannot use it ({_gist(error)}); "
             "fetch it again, or try a newer transformers (pip install -U transformers)"
         ) from error
+    for part in (config, getattr(config, "text_config", None)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:

@@ -55,4 +55,5 @@ def plan_output(
             dtype = checkpoint.dtype(name)
             kept[name] = plan.stored_dtype if name in parameters and dtype.is_floating_point else dtype
             specs.append(TensorSpec(name, kept[name], checkpoint.shape(name)))
+    dropped |= {part: f"went into {name}, which was dequantized" for part, name in checkpoint.hidden.items()}
     return OutputLayout(scheme, tuple(specs), packed, kept, dropped)
