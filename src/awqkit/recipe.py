@@ -34,6 +34,7 @@ DEFAULT_GROUP_SIZES = (128, 64, 32)  # tried in this order when no size is asked
 FORMAT_NAMES = ("awq", "compressed-tensors")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "folds": ("on", "off"),
     "channel_scale": ("none", "search", "smooth"),
     "importance": ("square", "mean-abs", "conditional"),
     "error_weight": ("moment", "conditional"),
@@ -95,6 +96,7 @@ class Recipe:
         −1 one group per row.
     symmetric: zero point fixed in the middle of the code range.
     activations: "none", or "int8": inputs rounded to 8 bits per token at run time as well (W8A8).
+    folds: "on", or "off": no channel is scaled, and nobody looks where it could be.
     channel_scale: "none", "search" (per fold, alpha on 21 points of [0, 1]: AWQ, Lin 2023, section 3.2), or "smooth"
         (SmoothQuant, Xiao 2022, section 4: activations and weights share the difficulty).
     smooth_alpha: SmoothQuant's migration strength, None to search it on the same 21 points.
@@ -127,6 +129,7 @@ class Recipe:
     group_size: int | None = None
     symmetric: bool = False
     activations: str = "none"
+    folds: str = "on"
     channel_scale: str = "search"
     smooth_alpha: float | None = None
     scale_families: tuple[str, ...] = SCALE_FAMILIES
@@ -160,6 +163,8 @@ class Recipe:
             raise UsageError(f"scale_families is {self.scale_families}; it takes one or more of {SCALE_FAMILIES}")
         if set(self.refinement) - set(REFINEMENTS):
             raise UsageError(f"refinement is {self.refinement}; it takes {REFINEMENTS} or a part of them")
+        if self.folds == "off" and self.channel_scale == "smooth":
+            raise UsageError("folds is off, and smoothquant is nothing but scales that folds absorb: drop one of them")
         if self.dtype is not None:
             _one_of("dtype", self.dtype, STORED_DTYPES)
         _whole("bits", self.bits, 2, 8)
@@ -206,9 +211,14 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether any choice looks at activations."""
-        searches = self.channel_scale != "none" or self.clip != "none" or self.rounding != "nearest"
+        searches = self.scales_channels or self.clip != "none" or self.rounding != "nearest"
         refines = self.rounds > 0 and bool(self.refinement)
         return searches or refines or self.propagates or self.sensitivity != "none" or self.tuning_epochs > 0
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether channel scales are chosen."""
+        return self.folds == "on" and self.channel_scale != "none"
 
     @property
     def propagates(self) -> bool:

@@ -42,6 +42,7 @@ DEFAULT = partial(Recipe.preset, DEFAULT_QUALITY)
         (("--importance", "mean-abs"), DEFAULT(importance="mean-abs")),
         (("--clip",), DEFAULT(clip="ends")),
         (("--no-clip",), DEFAULT(clip="none")),
+        (("--folds", "off"), DEFAULT(folds="off")),
         (("--method", "rtn", "--clip"), Recipe.method("rtn", clip="ends")),
         (("--dtype", "float16"), DEFAULT(dtype="float16")),
         (("--dtype", "bf16"), DEFAULT(dtype="bfloat16")),

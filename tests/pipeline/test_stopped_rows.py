@@ -47,6 +47,7 @@ def test_waiting_and_beginning_again_are_the_same(family: str) -> None:
     steps = [(position, linears) for position in range(len(entries))]
     steps += [(last, linears), (1, linears), (last, linears)]  # the same again, and back
     steps += [(position, others) for position in range(1, len(entries))]  # what was met is not what is in use now
+    steps += [(1, linears), (last, others), (last - 1, linears)]
     for position, chosen in steps:
         waiting, again = (list(way.at(entries[position], _before(context, chosen, position))) for way in ways)
         assert [part for part, _, _ in waiting] == [part for part, _, _ in again]

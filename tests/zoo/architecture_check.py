@@ -54,12 +54,12 @@ class NotHandled(Exception):
 
 def outcome_of(model_type: str) -> Outcome:
     """Run every check; a check that fails is an AssertionError, what awqkit refuses is a reason."""
-    model = _built(model_type)
+    model = built(model_type)
     try:
         skeleton = Skeleton(model.config, WeightsOf(model))
         found = look_at(skeleton, CPU)
         _streams_exactly(model, skeleton, found)
-        folds = _folds_exactly(model, skeleton, found)
+        folds = folds_exactly(model, skeleton, found)
         with TemporaryDirectory() as folder:
             _loads_exactly(model, Path(folder))
     except AwqkitError as error:
@@ -70,10 +70,10 @@ def outcome_of(model_type: str) -> Outcome:
     return Outcome(skeleton.num_blocks, linears, tuple(folds[key] for key in distinct))
 
 
-def _built(model_type: str) -> nn.Module:
+def built(model_type: str) -> nn.Module:
     try:
         model = small_model(small_config(model_type, settings_by_hand().get(model_type, {})))
-        _logits(model)
+        logits(model)
     except Exception as error:  # the zoo's own limits, of as many kinds as there are architectures
         raise NotHandled(f"not built small: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
     return model
@@ -83,12 +83,12 @@ def _ids(rows: int = 2, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCABULARY - 2, (rows, TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
-def _logits(model: nn.Module) -> Tensor:
+def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(input_ids=_ids(), use_cache=False).logits
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def distance_of(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
@@ -101,11 +101,11 @@ def _streams_exactly(model: nn.Module, skeleton: Skeleton, found: Found) -> None
             skeleton.release_block(index)
         with skeleton.head(CPU) as head:
             streamed = head(_ids(), hidden, None)
-    distance = _distance(streamed, _logits(model))
+    distance = distance_of(streamed, logits(model))
     assert distance < STREAMED, f"streamed block by block the logits are {distance:.1e} away"
 
 
-def _folds_exactly(model: nn.Module, skeleton: Skeleton, found: Found) -> dict[int, int]:
+def folds_exactly(model: nn.Module, skeleton: Skeleton, found: Found) -> dict[int, int]:
     """Apply a random s to every proved fold in float64. Returns how many folds each structure has that are proved."""
     dtype = torch.float64 if _computes_in(model, torch.float64) else torch.float32
     original, folded = deepcopy(model).to(dtype), deepcopy(model).to(dtype)
@@ -123,14 +123,14 @@ def _folds_exactly(model: nn.Module, skeleton: Skeleton, found: Found) -> dict[i
         parameters = dict(folded.get_submodule(skeleton.block_path(index)).named_parameters())
         for fold in exact:
             _apply(fold, structure, parameters, generator)
-    distance = _distance(_logits(folded), _logits(original))
+    distance = distance_of(logits(folded), logits(original))
     assert distance < FOLDED[dtype], f"folded in {dtype} the logits are {distance:.1e} away"
     return proved
 
 
 def _computes_in(model: nn.Module, dtype: torch.dtype) -> bool:
     try:
-        _logits(deepcopy(model).to(dtype))
+        logits(deepcopy(model).to(dtype))
     except RuntimeError:
         return False
     return True
@@ -178,7 +178,7 @@ def _loads_exactly(model: nn.Module, folder: Path) -> None:
         for name, value in simulated.items():
             parameters[name].copy_(value)
     loaded = load(done.directory, dtype=torch.float32, device="cpu")
-    distance = _distance(_logits(loaded), _logits(expected))
+    distance = distance_of(logits(loaded), logits(expected))
     assert distance < LOADED, f"loaded, the logits are {distance:.1e} away from the simulated ones"
 
 

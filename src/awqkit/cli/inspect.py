@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _parts(found: Inspection) -> list[str]:
-    searched = found.recipe["channel_scale"] != "none"
+    searched = found.recipe["channel_scale"] != "none" and found.recipe.get("folds", "on") == "on"
     return [
         _summary(found),
         _scales(found) if found.scales or not searched else _NO_SCALES,

@@ -23,7 +23,10 @@ IMPORTANCES = ("square", "mean-abs", "conditional")
 ALPHA_SEARCHES = ("group", "layer")
 # Recipe field (or preset choice) and its flag. The destination has the field's name; None there means "not given".
 RECIPE_FLAGS = {
-    **{field: f"--{field}" for field in ("quality", "method", "format", "bits", "symmetric", "dtype", "ignore")},
+    **{
+        field: f"--{field}"
+        for field in ("quality", "method", "format", "bits", "symmetric", "dtype", "ignore", "folds")
+    },
     **{
         field: f"--{field}" for field in ("importance", "clip", "rounds", "calibration", "samples", "generated", "seed")
     },
@@ -59,7 +62,10 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
 def unused_flags(args: argparse.Namespace, recipe: Recipe) -> list[str]:
     """One sentence for each kind of flag that this recipe does not look at."""
     reads = {
-        ("alpha_search", "importance"): (recipe.channel_scale == "search", "searches no channel scales"),
+        ("alpha_search", "importance"): (
+            recipe.scales_channels and recipe.channel_scale == "search",
+            "searches no channel scales",
+        ),
         ("smooth_alpha",): (recipe.channel_scale == "smooth", "does not smooth activations"),
         ("rounds",): (bool(recipe.refinement), "refines no codes"),
         ("calibration", "generated"): (recipe.needs_calibration, "looks at no text"),
@@ -158,6 +164,11 @@ def _add_advanced_options(parser: Parser) -> None:
         "--propagate", dest="propagation", type=_propagation, metavar="SHARE",
         help="of the errors that earlier linears made, how much the later ones correct: off, 0 to 1, or auto: "
         f"chosen for each input on rows held out (default: {default.propagation})",
+    )  # fmt: skip
+    group.add_argument(
+        "--folds", type=one_of("on", "off"), metavar="{on,off}",
+        help="off: scale no channels, and do not look where that could be done; clipping, rounding and refinement "
+        f"stay (default: {default.folds})",
     )  # fmt: skip
     clip = group.add_mutually_exclusive_group()
     clip.add_argument(

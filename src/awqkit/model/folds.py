@@ -51,17 +51,18 @@ class _Producer:
     num_channels: int
 
 
-def discover(block: nn.Module, run: RunBlock, hidden: Tensor) -> BlockStructure:
+def discover(block: nn.Module, run: RunBlock, hidden: Tensor, *, look_for_folds: bool = True) -> BlockStructure:
     """The structure of a block with real weights. `run()` runs it on `hidden` `[rows, tokens, width]` (float32).
 
-    Parameters are changed on the way and restored exactly.
+    look_for_folds: whether to ask where scales can be absorbed, or for linears and their inputs alone. Parameters
+    are changed on the way and restored exactly.
     """
     weights = matrix_parameters(block)
     plain = _look(block, run, weights)
     views = _linear_views(block, weights, plain)
     inputs = _linear_inputs(plain, views)
     folds, refusals = [], []
-    for producer in _producers(block, views):
+    for producer in _producers(block, views) if look_for_folds else ():
         ask = partial(_consumers, block, run, weights, views, plain, producer)
         found = ask() or (_of_some_rows(ask, producer) if producer.linear is not None else None)
         if not found:

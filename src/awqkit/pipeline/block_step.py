@@ -115,7 +115,7 @@ def round_block(context: BlockContext) -> tuple[Choice, BlockResult]:
 
 def prove_block(context: BlockContext, probe: HiddenStates) -> Proofs:
     """The folds that the recipe may use here; none where it searches no scales. probe: rows at the block's input."""
-    if context.recipe.channel_scale == "none":
+    if not context.recipe.scales_channels:
         return Proofs()
     exact, refused = prove_folds(context, probe)
     return Proofs(tuple(exact), tuple(refused))
@@ -142,7 +142,7 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
 
 
 def _weighs_rows(recipe: Recipe) -> bool:
-    return recipe.sensitivity != "none" or recipe.channel_scale != "none" or recipe.column_order == "energy"
+    return recipe.sensitivity != "none" or recipe.scales_channels or recipe.column_order == "energy"
 
 
 def quantize_observed(

@@ -71,19 +71,23 @@ def make_probe(skeleton: Skeleton, device: torch.device) -> Probe:
     return Probe(noise.to(device), started.calls)
 
 
-def discover_blocks(skeleton: Skeleton, probe: Probe, device: torch.device) -> list[BlockStructure]:
+def discover_blocks(
+    skeleton: Skeleton, probe: Probe, device: torch.device, *, look_for_folds: bool = True
+) -> list[BlockStructure]:
     """The structure of every block; blocks of one kind are looked at once, on the real weights of the first."""
     by_kind: dict[Any, BlockStructure] = {}
     structures = []
     for index in range(skeleton.num_blocks):
         kind = skeleton.block_kind(index)
         if kind not in by_kind:
-            by_kind[kind] = discover_block(skeleton, probe, index, device)
+            by_kind[kind] = discover_block(skeleton, probe, index, device, look_for_folds=look_for_folds)
         structures.append(by_kind[kind])
     return structures
 
 
-def discover_block(skeleton: Skeleton, probe: Probe, index: int, device: torch.device) -> BlockStructure:
+def discover_block(
+    skeleton: Skeleton, probe: Probe, index: int, device: torch.device, *, look_for_folds: bool = True
+) -> BlockStructure:
     """The structure of one block. Raises ModelError for an encoder's, and where there is nothing to quantize."""
     block = skeleton.load_block(index, device)
     try:
@@ -92,7 +96,7 @@ def discover_block(skeleton: Skeleton, probe: Probe, index: int, device: torch.d
                 f"{skeleton.block_path(index)}: a token sees the ones after it, so this is an encoder; "
                 "awqkit takes decoder-only models"
             )
-        found = discover(block, probe.runner(block, index), probe.hidden)
+        found = discover(block, probe.runner(block, index), probe.hidden, look_for_folds=look_for_folds)
     finally:
         skeleton.release_block(index)
     if not found.linears:
@@ -111,7 +115,8 @@ def plan_run(
     fused_partners: Callable[[Sequence[str]], Sequence[Sequence[str]]],
 ) -> RunPlan:
     """The plan for every linear of the model, see `plan_linears`."""
-    return plan_linears(skeleton, look_at(skeleton, device), recipe, stored_dtype, why_not_held, fused_partners)
+    found = look_at(skeleton, device, look_for_folds=recipe.folds == "on")
+    return plan_linears(skeleton, found, recipe, stored_dtype, why_not_held, fused_partners)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +127,10 @@ class Found:
     structures: tuple[BlockStructure, ...]
 
 
-def look_at(skeleton: Skeleton, device: torch.device) -> Found:
-    """What discovery finds in the model, whatever the recipe. Raises ModelError for one that is not understood."""
+def look_at(skeleton: Skeleton, device: torch.device, *, look_for_folds: bool = True) -> Found:
+    """What discovery finds in the model, whatever else the recipe says. Raises ModelError for one not understood."""
     probe = make_probe(skeleton, device)
-    return Found(probe, tuple(discover_blocks(skeleton, probe, device)))
+    return Found(probe, tuple(discover_blocks(skeleton, probe, device, look_for_folds=look_for_folds)))
 
 
 def plan_linears(

@@ -21,8 +21,8 @@ def model_card(report: Report, source_card: str | None) -> str:
         "format": written.title(scheme),
         "method": recipe.name,
         "bits, group size": f"{recipe.bits}, {groups}, {'symmetric' if recipe.symmetric else 'asymmetric'}",
-        "channel scale": recipe.channel_scale
-        if recipe.channel_scale == "none"
+        "channel scale": "none"
+        if not recipe.scales_channels
         else f"{' + '.join(recipe.scale_families)}, importance {recipe.importance}, alpha per {recipe.alpha_search}",
         "clip": recipe.clip,
         "bits per quantized weight": f"{report.bits_per_weight:.3f}",
