@@ -45,3 +45,8 @@ def test_tuning_moves_group_scales_alone(tmp_path: Path) -> None:
 def test_smoothquant_without_folds_is_refused() -> None:
     with pytest.raises(UsageError, match="folds is off, and smoothquant is nothing but"):
         Recipe.method("smoothquant", folds="off")
+
+
+def test_where_scales_were_all_that_asked_for_text_none_is_read() -> None:
+    assert Recipe(clip="none").needs_calibration
+    assert not Recipe(clip="none", folds="off").needs_calibration
