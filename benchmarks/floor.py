@@ -1,7 +1,7 @@
 """Seconds of a whole `quantize` run per preset, as multiples of one plain float32 forward pass over the same tokens.
 
     python benchmarks/floor.py                              fast, balanced, best on the CPU, 128 rows of 512 tokens
-    python benchmarks/floor.py --presets best --samples 32 --name floor-cpu-best      a preset by itself, on fewer rows
+    python benchmarks/floor.py --presets best --samples 64 --name floor-cpu-best      a preset by itself, on fewer rows
 
 Everything runs in one process, a forward pass before and after every preset; model loading is left out of it, while
 `quantize` is timed with everything. A multiple is taken of the faster of the two passes around it. Wall time is what

@@ -13,10 +13,16 @@ from tiny_models import save_tiny, tiny_model, token_rows
 from torch import Tensor
 
 from awqkit import Recipe, RunOptions, load, quantize
+from awqkit.api.entries import original_bits
 from awqkit.api.folds import folds
+from awqkit.api.source import open_source
 from awqkit.errors import CheckpointError
 from awqkit.events import Caution, Event, Notice
+from awqkit.formats.format import FORMATS
 from awqkit.formats.low_bit_source import scaled_blocks
+from awqkit.model.skeleton import Skeleton
+from awqkit.model.transformers_bridge import load_config
+from awqkit.pipeline.plan import plan_run
 
 BLOCK = (16, 24)  # does not divide every weight
 CPU = RunOptions(device="cpu")
@@ -165,6 +171,16 @@ def test_the_model_writes_rows_of_its_own(sources: tuple[Path, Path], tmp_path: 
     assert done.report.calibration.generated_rows == 2
     assert any(isinstance(event, Notice) and "wrote itself" in event.text for event in events)
     _same_tensors(tmp_path / "fp8", tmp_path / "meant")
+
+
+def test_bits_of_the_original_are_those_on_disk(sources: tuple[Path, Path]) -> None:
+    found, awq = [], FORMATS["awq"]
+    for source in sources:
+        checkpoint = open_source(source).checkpoint
+        skeleton = Skeleton(load_config(source), checkpoint)
+        plan = plan_run(skeleton, FAST, torch.bfloat16, torch.device("cpu"), awq.why_not_held, awq.fused_partners)
+        found.append(original_bits(checkpoint, skeleton, plan))
+    assert found == [8, 32]
 
 
 def test_folds_are_those_of_what_it_means(sources: tuple[Path, Path]) -> None:

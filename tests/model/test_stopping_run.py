@@ -84,6 +84,33 @@ def test_a_run_that_is_let_go_leaves_no_thread_and_cleans_up() -> None:
     assert left == [True] and threading.active_count() == before
 
 
+def test_a_body_that_computes_while_it_cleans_up_is_let_go_as_well() -> None:
+    def body(stop: Stop) -> None:
+        try:
+            stop(None)
+        finally:
+            torch.ones(2).add(1)
+
+    before = threading.active_count()
+    run = StoppingRun(body)
+    run.resume()
+    run.close()
+    assert threading.active_count() == before
+
+
+def test_an_interrupt_while_a_function_is_computed_leaves_the_run_to_be_closed() -> None:
+    class Interrupted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            raise KeyboardInterrupt
+
+    before = threading.active_count()
+    run = StoppingRun(lambda stop: torch.ones(2))
+    with pytest.raises(KeyboardInterrupt), Interrupted():
+        run.resume()
+    run.close()
+    assert threading.active_count() == before
+
+
 def test_one_never_begun_is_closed_without_a_word() -> None:
     StoppingRun(lambda stop: None).close()
 

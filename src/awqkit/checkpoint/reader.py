@@ -57,15 +57,13 @@ class Checkpoint:
     """A local model folder with safetensors weights.
 
     config: config.json as it is. tensors: name -> dtype, shape and place, in the order of the data. derived: those of
-    them that are computed from what lies on disk. hidden: name on disk -> the derived tensor it goes into, for all that
-    is no tensor by itself.
+    them that are computed from what lies on disk.
     """
 
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     derived: Mapping[str, Derived] = field(default_factory=dict)
-    hidden: Mapping[str, str] = field(default_factory=dict)
     _on_disk: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @classmethod
@@ -89,8 +87,12 @@ class Checkpoint:
                 tensors[name] = stored
             elif into not in tensors:  # in the place of its first part
                 tensors[into] = replace(stored, spec=by_name[into].spec)
-        hidden = {part: name for part, name in goes_into.items() if part != name}
-        return Checkpoint(self.directory, config, tensors, by_name, hidden, self.tensors)
+        return Checkpoint(self.directory, config, tensors, by_name, self.tensors)
+
+    @property
+    def hidden(self) -> dict[str, str]:
+        """Name on disk -> the derived tensor it goes into, for all that is no tensor by itself."""
+        return {part: name for name, each in self.derived.items() for part in each.parts if part != name}
 
     @property
     def names(self) -> tuple[str, ...]:

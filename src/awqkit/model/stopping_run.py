@@ -60,7 +60,7 @@ class StoppingRun:
         self._answers: SimpleQueue[Any] = SimpleQueue()
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._live, body), daemon=True)
-        self._ended = False
+        self._ended = self._given_up = False
 
     def resume(self) -> Stopped | Finished:
         """Go on to the next stop or the end. Raises what the body raises."""
@@ -82,6 +82,7 @@ class StoppingRun:
         """Let go of a run that is stopped; nothing happens to one that ended."""
         if self._thread.ident is None or self._ended:
             return
+        self._given_up = True
         self._answers.put(_Raised(_GivenUp()))
         self._thread.join()
         self._ended = True
@@ -100,6 +101,8 @@ class StoppingRun:
         self._ask(Stopped(value))
 
     def _ask(self, what: Stopped | _Asked) -> Any:
+        if self._given_up:  # the body cleans up, and nobody is there to answer
+            raise _GivenUp
         self._told.put(what)
         answer = self._answers.get()
         if isinstance(answer, _Raised):

@@ -170,27 +170,27 @@ def quantize_observed(
         refused, fallback, errors = proofs.refused, None, None
         if held_out is not None:
             stage("check")
-            errors, reached = check_held_out(context, held_out, (choose_plainly(context, {}), choice))
-            is_worse = errors[1] > errors[0]
-            if held_out.quantized is not None:
-                held_out.quantized.take(reached[0 if is_worse else 1])
-            if is_worse:
-                fallback = (
-                    f"held-out rows were worse than with plain rounding ({errors[1]:.3e} > {errors[0]:.3e}): "
-                    "block rounded plainly"
-                )
-                undone = [
-                    replace(entry.decision, fallback=entry.decision.fallback or fallback) for entry in choice.folds
-                ]
-                choice, refused, errors = (
-                    choose_plainly(context, originals),
-                    (*refused, *undone),
-                    (errors[0], errors[0]),
-                )
+            choice, undone, errors, fallback = _better_held_out(context, held_out, choice, originals)
+            refused = (*refused, *undone)
         if rows is not None:
             stage("advance")
             rows.finish(choice.quantized)
     return choice, _result(context, choice, refused, errors, fallback)
+
+
+def _better_held_out(
+    context: BlockContext, held_out: Stream, choice: Choice, originals: Mapping[str, Evidence]
+) -> tuple[Choice, list[FoldDecision], tuple[float, float], str | None]:
+    """The choice, or plain rounding where that is better on held-out rows; then what was undone, errors, the reason."""
+    (plain, chosen), reached = check_held_out(context, held_out, (choose_plainly(context, {}), choice))
+    is_worse = chosen > plain
+    if held_out.quantized is not None:
+        held_out.quantized.take(reached[0 if is_worse else 1])
+    if not is_worse:
+        return choice, [], (plain, chosen), None
+    fallback = f"held-out rows were worse than with plain rounding ({chosen:.3e} > {plain:.3e}): block rounded plainly"
+    undone = [replace(entry.decision, fallback=entry.decision.fallback or fallback) for entry in choice.folds]
+    return choose_plainly(context, originals), undone, (plain, plain), fallback
 
 
 def _on_the_original(originals: Mapping[str, Evidence]) -> EvidenceOf:
