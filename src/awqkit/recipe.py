@@ -44,6 +44,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "column_order": ("energy", "moment"),
     "damping": ("own", "mean"),
     "sensitivity": ("none", "end-loss"),
+    "tuning": ("groups", "rows"),
     "format": FORMAT_NAMES,
     "activations": ("none", "int8"),
 }
@@ -115,8 +116,9 @@ class Recipe:
         on rows held out.
     sensitivity: "none", or "end-loss": errors weighted by the gradients of the model's own loss, across rows and
         tokens.
-    tuning_epochs: passes over the calibration rows in which group scales and folded gains are tuned together on the
-        whole model's KL, 0 for none.
+    tuning: what is tuned together on the whole model's KL beside folded gains: the scales of "groups", or one factor
+        for the whole of each of a weight's "rows", which takes half of the time.
+    tuning_epochs: passes over the calibration rows for that; a half visits every second step's rows, 0 none.
     dtype: the dtype of everything that is not packed; None keeps the source's, and turns float32 into bfloat16.
     ignore: globs on full module paths; a linear that matches stays in full precision.
     calibration: path of a .txt or .jsonl file, "builtin", or the name of a hub dataset.
@@ -145,7 +147,8 @@ class Recipe:
     rounds: int = 0
     propagation: float | str = 0.0
     sensitivity: str = "none"
-    tuning_epochs: int = 0
+    tuning: str = "groups"
+    tuning_epochs: float = 0
     format: str = "awq"
     dtype: str | None = None
     ignore: tuple[str, ...] = ()
@@ -171,7 +174,7 @@ class Recipe:
         if self.group_size is not None and self.group_size != PER_CHANNEL:
             _whole("group_size", self.group_size, 8, 1 << 20)
         _whole("rounds", self.rounds, 0, 64)
-        _whole("tuning_epochs", self.tuning_epochs, 0, 1000)
+        _number("tuning_epochs", self.tuning_epochs, 0, 1000)
         _share("damp_ratio", self.damp_ratio)
         if self.smooth_alpha is not None:
             _share("smooth_alpha", self.smooth_alpha)
@@ -273,6 +276,10 @@ def _whole(field: str, value: object, low: int, high: int) -> None:
         raise UsageError(f"{field} is {value!r}; it takes a whole number from {low} to {high}")
 
 
+def _number(field: str, value: object, low: int, high: int, also: str = "") -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{field} is {value!r}; it takes a number from {low} to {high}{also}")
+
+
 def _share(field: str, value: object, also: str = "") -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise UsageError(f"{field} is {value!r}; it takes a number from 0 to 1{also}")
+    _number(field, value, 0, 1, also)

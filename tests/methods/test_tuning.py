@@ -1,12 +1,17 @@
-"""Group scales and gains that a gradient can move: exact at rest, stored exactly afterwards."""
+"""Scales and gains that a gradient can move: exact at rest, stored exactly afterwards."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from awqkit.methods.tuning import TunableGain, TunableLinear
+from awqkit.model.structure import LinearView
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.numerics.rounding import round_nearest, span_grid
+
+VIEW = LinearView("linear", "linear.weight", "linear.bias", (6, 32))
+TUNINGS = ("groups", "rows")
 
 
 def _quantized(seed: int = 0) -> QuantizedWeight:
@@ -15,34 +20,41 @@ def _quantized(seed: int = 0) -> QuantizedWeight:
     return round_nearest(weight, grid)
 
 
-def test_at_rest_a_tunable_linear_is_the_quantized_one() -> None:
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_at_rest_a_tunable_linear_is_the_quantized_one(tuning: str) -> None:
     quantized = _quantized()
-    linear = TunableLinear(quantized)
+    linear = TunableLinear(quantized, VIEW, tuning)
     torch.testing.assert_close(linear.weight().detach(), dequantize(quantized.codes, quantized.grid), rtol=0, atol=0)
     finished = linear.finished(torch.bfloat16)
     assert torch.equal(finished.grid.group_scale, quantized.grid.group_scale)
     assert torch.equal(finished.codes, quantized.codes)
 
 
-def test_a_moved_scale_is_stored_as_its_dtype_holds_it() -> None:
-    linear = TunableLinear(_quantized())
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_a_moved_scale_is_stored_as_its_dtype_holds_it(tuning: str) -> None:
+    linear = TunableLinear(_quantized(), VIEW, tuning)
     linear.log_change.data += 0.1
     scale = linear.finished(torch.bfloat16).grid.group_scale
     assert torch.equal(scale, scale.to(torch.bfloat16).float())
     torch.testing.assert_close(scale, _quantized().grid.group_scale * torch.tensor(0.1).exp(), rtol=1 / 256, atol=0)
 
 
-def test_the_gradient_of_a_scale_is_that_of_a_factor() -> None:
-    quantized = _quantized()
-    linear, inputs = TunableLinear(quantized), torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
-    (inputs @ linear.weight().t()).square().sum().backward()
-    step = 1e-3
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_the_gradient_of_a_scale_is_that_of_a_factor(tuning: str) -> None:
+    """Of what the linear computes, bias and all, by differences of its stored form in float64."""
+    quantized, generator = _quantized(), torch.Generator().manual_seed(1)
+    linear, bias = TunableLinear(quantized, VIEW, tuning), torch.randn(6, generator=generator)
+    inputs, step = torch.randn(5, 32, generator=generator), 1e-3
+    outputs = inputs @ linear.weight().t() + bias
+    (linear.scaled(outputs, bias) if linear.per_row else outputs).square().sum().backward()
     for row, group in ((0, 0), (3, 1)):
+        group = 0 if linear.per_row else group
         moved = []
         for sign in (1, -1):
-            other = TunableLinear(quantized)
+            other = TunableLinear(quantized, VIEW, tuning)
             other.log_change.data[row, group] = sign * step
-            moved.append((inputs.double() @ other.weight().detach().double().t()).square().sum())
+            weight = dequantize(quantized.codes, other.finished(torch.float32).grid).double()
+            moved.append((inputs.double() @ weight.t() + bias.double()).square().sum())
         expected = float(moved[0] - moved[1]) / (2 * step)
         assert abs(float(linear.log_change.grad[row, group]) - expected) <= 1e-2 * abs(expected) + 1e-3
 

@@ -23,6 +23,7 @@ from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.compare import Compared, CompareRows, Contender, LearningRows, compare_recipes
 from awqkit.pipeline.plan import look_at, plan_linears
 from awqkit.pipeline.quantized_block import advance
+from awqkit.pipeline.tune import STEPPING
 
 NO_OWN_TEXT = {"group_size": GROUP, "generated": 0.0}  # so that all learn from the same rows
 RECIPES = {
@@ -160,7 +161,8 @@ def test_a_tuned_contender_is_taken_through_its_blocks_as_tuned() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_module, "finish_tuning", undone_after_one)
-        patch.setattr("awqkit.pipeline.tune._LEARNING_RATE", 0.05)  # two steps must be seen after rounding
+        fast = replace(STEPPING["groups"], learning_rate=0.05)  # two steps must be seen after rounding
+        patch.setitem(STEPPING, "groups", fast)
         recipes = {f"tuned {epochs}": replace(plain, tuning_epochs=epochs) for epochs in (1, 2)}
         found = _compare(model, {"plain": plain, **recipes}, held=None)
     first, undone, tuned = (current(reached) for reached in found.reached)

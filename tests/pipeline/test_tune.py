@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_contexts import CPU, GROUP, current, hidden_states, quantized_blocks, run_on, token_ids, written
-from tiny_models import tiny_model
+from tiny_models import MLP_WIDTH, WIDTH, tiny_model
 from torch import Tensor
 
 from awqkit import Recipe
 from awqkit.api.load import load
+from awqkit.methods.tuning import TunableLinear
 from awqkit.model.block_calls import run_block
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.divergence import token_kl
 from awqkit.numerics.grid import dequantize
 from awqkit.pipeline import tune as tune_module
 from awqkit.pipeline.activations import TokenRows
-from awqkit.pipeline.tune import TunableBlock, TuningRows, tune
+from awqkit.pipeline.tunable_block import TunableBlock, kept_bytes
+from awqkit.pipeline.tune import STEPPING, Stepping, TuningRows, tune
 from awqkit.pipeline.tuning_stage import tunable_block
 
+GPT2 = {"model_type": "gpt2", "n_inner": MLP_WIDTH}  # its weights are turned
 RECIPE = Recipe.preset("fast", group_size=GROUP, bits=3, format="compressed-tensors")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_at_rest_a_tunable_block_computes_what_was_quantized(family: str) -> None:
+@pytest.mark.parametrize("tuning", STEPPING)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
+def test_at_rest_a_tunable_block_computes_what_was_quantized(family: str, tuning: str) -> None:
     ids = token_ids(4, 12)
-    for context, result, _ in quantized_blocks(tiny_model(family), RECIPE, ids):
+    for context, result, _ in quantized_blocks(_model(family), replace(RECIPE, tuning=tuning), ids):
         skeleton, index = context.skeleton, context.index
         _, hidden, calls, _ = hidden_states(skeleton, ids).batch(0)
         tunable = tunable_block(context, result)
@@ -36,16 +42,82 @@ def test_at_rest_a_tunable_block_computes_what_was_quantized(family: str) -> Non
         for name, value in result.stored.items():
             parameters[name].data = value
         for name, weight in result.quantized.items():
-            parameters[context.structure.linear(name).weight].data = dequantize(weight.codes, weight.grid)
+            view = context.structure.linear(name)
+            parameters[view.weight].data = view.oriented(dequantize(weight.codes, weight.grid))
         torch.testing.assert_close(found, run_block(context.block, hidden, calls[index]))
         assert tunable.gains  # norms that folds use
         assert not set(tunable.fixed) & (set(tunable.linears) | set(tunable.gains))
         break
 
 
-def _quantized(ids: Tensor) -> tuple[Skeleton, list[TunableBlock], TuningRows]:
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_rows_that_moved_are_the_stored_weights_whose_scales_moved(family: str) -> None:
+    """Outputs times a factor, biases and turned weights included, are what the written block will compute."""
+    ids = token_ids(4, 12)
+    context, result, _ = next(iter(quantized_blocks(_model(family), replace(RECIPE, tuning="rows"), ids)))
+    _, hidden, calls, _ = hidden_states(context.skeleton, ids).batch(0)
+    tunable = tunable_block(context, result)
+    for number, linear in enumerate(tunable.linears.values()):
+        linear.log_change.data += 0.2 * torch.randn(linear.log_change.shape, generator=_generator(number))
+    stored = {
+        name: TunableLinear(linear.finished(torch.float32), linear.view, "groups")
+        for name, linear in tunable.linears.items()
+    }
+    expected = replace(tunable, linears=stored)(hidden, calls[0])
+    torch.testing.assert_close(tunable(hidden, calls[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tuning", STEPPING)
+def test_what_is_computed_again_has_the_same_gradients(tuning: str) -> None:
+    ids = token_ids(4, 12)
+    context, result, _ = next(iter(quantized_blocks(tiny_model("llama"), replace(RECIPE, tuning=tuning), ids)))
+    _, hidden, calls, _ = hidden_states(context.skeleton, ids).batch(0)
+    found = []
+    for recompute in (False, True):
+        block = tunable_block(context, result)
+        block(hidden, calls[0], recompute=recompute).square().sum().backward()
+        found.append([leaf.grad for leaf in block.leaves])
+    for kept, again in zip(*found, strict=True):
+        assert torch.equal(kept, again)
+        assert bool(kept.any())
+
+
+@pytest.mark.parametrize("tuning", STEPPING)
+def test_what_a_block_keeps_for_its_gradients_is_counted_once(tuning: str) -> None:
+    """Its weights, and of the activations at least the inputs of the MLP and its down projection."""
+    ids, found = token_ids(4, 12), []
+    context, result, _ = next(iter(quantized_blocks(tiny_model("llama"), replace(RECIPE, tuning=tuning), ids)))
+    block = tunable_block(context, result)
+    for rows in (2, 4):
+        _, hidden, calls, _ = hidden_states(context.skeleton, ids[:rows]).batch(0)
+        found.append(kept_bytes(block, hidden, calls[0]))
+    weights = 4 * sum(weight.codes.numel() for weight in result.quantized.values())
+    per_row = (found[1] - found[0]) / 2
+    assert weights <= found[1] - 4 * per_row < 1.5 * weights
+    assert per_row > 4 * ids.shape[1] * (WIDTH + MLP_WIDTH)
+
+
+def test_part_of_an_epoch_visits_batches_evenly() -> None:
+    visits = tune_module._visits(8, 0.5, _generator(0))
+    assert sorted(visits) == [0, 2, 4, 6]
+    assert visits != sorted(visits)
+    visits = tune_module._visits(8, 1.25, _generator(0))
+    assert sorted(visits[:8]) == list(range(8))
+    assert sorted(visits[8:]) == [0, 4]
+    assert tune_module._visits(3, 0.01, _generator(0)) == [0]
+
+
+def _model(family: str) -> Any:
+    return tiny_model("llama", **GPT2) if family == "gpt2" else tiny_model(family)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _quantized(ids: Tensor, tuning: str = "groups") -> tuple[Skeleton, list[TunableBlock], TuningRows]:
     blocks, skeleton, last = [], None, None
-    for context, result, streams in quantized_blocks(tiny_model("llama"), RECIPE, ids):
+    for context, result, streams in quantized_blocks(tiny_model("llama"), replace(RECIPE, tuning=tuning), ids):
         blocks.append(tunable_block(context, result))
         skeleton, last = context.skeleton, streams.calibration.original
     assert skeleton is not None
@@ -53,40 +125,54 @@ def _quantized(ids: Tensor) -> tuple[Skeleton, list[TunableBlock], TuningRows]:
     return skeleton, blocks, TuningRows(TokenRows(ids), hidden_states(skeleton, ids), last)
 
 
-def _tune(skeleton: Skeleton, blocks: list[TunableBlock], rows: TuningRows, epochs: int) -> tuple[float, float]:
-    before, after = tune(skeleton, blocks, rows, rows, epochs=epochs, seed=0, device=CPU, step=lambda done, total: None)
+def _tune(
+    skeleton: Skeleton,
+    blocks: list[TunableBlock],
+    rows: TuningRows,
+    epochs: float,
+    stepping: Stepping = STEPPING["groups"],
+) -> tuple[float, float]:
+    told = []
+
+    def step(done: int, total: int) -> None:
+        told.append((done, total))
+
+    before, after = tune(skeleton, blocks, rows, rows, epochs=epochs, stepping=stepping, seed=0, device=CPU, step=step)
+    assert told[-1][0] == told[-1][1] == len(told)
     assert before is not None
     assert after is not None
     return before, after
 
 
-def test_tuning_lowers_the_kl_and_its_first_figure_is_the_quantized_models() -> None:
+@pytest.mark.parametrize("tuning", STEPPING)
+def test_tuning_lowers_the_kl_and_its_first_figure_is_the_quantized_models(tuning: str) -> None:
     ids = token_ids(8, 24)
-    skeleton, blocks, rows = _quantized(ids)
+    skeleton, blocks, rows = _quantized(ids, tuning)
     with skeleton.head(CPU) as head, torch.no_grad():
         _, hidden, calls, _ = rows.first.batch(0)
         for block, call in zip(blocks, calls, strict=True):
             hidden = block(hidden, call)
         expected = float(token_kl(head(ids, current(rows.last), None), head(ids, hidden, None)).mean())
-    before, after = _tune(skeleton, blocks, rows, epochs=30)
+    before, after = _tune(skeleton, blocks, rows, 30, STEPPING[tuning])
     assert before == pytest.approx(expected, rel=1e-4)
     assert after < 0.98 * before
     assert any(float(leaf.detach().abs().max()) > 1e-3 for block in blocks for leaf in block.leaves)
 
 
-def test_what_held_out_rows_do_not_like_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_module, "_LEARNING_RATE", 3.0)
+def test_what_held_out_rows_do_not_like_is_put_back() -> None:
     ids = token_ids(8, 24)
     skeleton, blocks, rows = _quantized(ids)
-    before, after = _tune(skeleton, blocks, rows, epochs=2)
+    before, after = _tune(skeleton, blocks, rows, 2, replace(STEPPING["groups"], learning_rate=3.0))
     assert not after < before
     assert all(float(leaf.detach().abs().max()) == 0 for block in blocks for leaf in block.leaves)
 
 
-def test_a_run_writes_what_tuning_moved_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tuning", STEPPING)
+def test_a_run_writes_what_tuning_moved_and_nothing_else(tmp_path: Path, tuning: str) -> None:
     choices = {"group_size": GROUP, "bits": 3, "format": "compressed-tensors"}
     plain = run_on(tiny_model("llama"), tmp_path, Recipe.preset("fast", **choices), out="plain")
-    tuned = run_on(tiny_model("llama"), tmp_path, Recipe.preset("fast", tuning_epochs=20, **choices), out="tuned")
+    recipe = Recipe.preset("fast", tuning=tuning, tuning_epochs=20, **choices)
+    tuned = run_on(tiny_model("llama"), tmp_path, recipe, out="tuned")
     assert tuned.report.tuning is not None
     assert plain.report.tuning is None
     assert tuned.report.tuning.fallback is None

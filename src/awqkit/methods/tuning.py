@@ -1,6 +1,8 @@
-"""What can still move once the codes are chosen: group scales and the gains that folds use, each by a factor near 1.
+"""What can still move once the codes are chosen: scales and the gains that folds use, each by a factor near 1.
 
-    Δ' = Δ · e^θ,   γ' = γ · e^φ   (γ = 1 + w for a norm that multiplies by 1 + w)
+    groups   Δ' = Δ · e^θ, a θ for every group of every row
+    rows     the same θ for all groups of a row: the linear's output times e^θ, and no gradient as large as its weight
+    gains    γ' = γ · e^φ   (γ = 1 + w for a norm that multiplies by 1 + w)
 
 Factors, so that one learning rate fits groups and channels of any size. (EfficientQAT, Chen 2024, section 3.3, trains Δ
 end to end in the same way, not the gains.)
@@ -13,30 +15,39 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from awqkit.model.structure import LinearView
 from awqkit.numerics.grid import QuantizedWeight
 
 
 class TunableLinear:
-    """Codes with a group scale that a gradient can reach. log_change: θ `[out, groups]` float32, a leaf.
+    """Codes with scales that a gradient can reach. log_change: θ `[out, groups]`, or `[out, 1]` for rows, a leaf.
 
-    transposed: whether the parameter that `weight` stands for is `[in, out]`.
+    float32. view: the linear in its block. tuning: "groups" or "rows".
     """
 
-    def __init__(self, quantized: QuantizedWeight, transposed: bool = False) -> None:
-        self._transposed = transposed
+    def __init__(self, quantized: QuantizedWeight, view: LinearView, tuning: str) -> None:
+        self.view, self.per_row = view, tuning == "rows"
         grid = quantized.grid
         rows, columns = quantized.codes.shape
         grouped = quantized.codes.reshape(rows, columns // grid.group_size, grid.group_size)
         self._quantized = quantized
         steps = grouped.to(torch.float32) - grid.group_zero.unsqueeze(-1)
         self._steps = steps.to(torch.int8 if grid.bits < 8 else torch.int16)
-        self.log_change = torch.zeros_like(grid.group_scale, requires_grad=True)
+        scale = grid.group_scale[:, :1] if self.per_row else grid.group_scale
+        self.log_change = torch.zeros_like(scale, requires_grad=True)
 
     def weight(self) -> Tensor:
-        """(q − z) Δ e^θ, `[out, in]` or as the parameter is, float32, differentiable in θ."""
-        scale = self._quantized.grid.group_scale * self.log_change.exp()
+        """(q − z) Δ e^θ as the parameter is, float32, differentiable in θ; for rows without e^θ, see `scaled`."""
+        scale = self._quantized.grid.group_scale
+        if not self.per_row:
+            scale = scale * self.log_change.exp()
         weight = (self._steps * scale.unsqueeze(-1)).reshape(self._quantized.codes.shape)
-        return weight.t() if self._transposed else weight
+        return self.view.oriented(weight)
+
+    def scaled(self, outputs: Tensor, bias: Tensor | None) -> Tensor:
+        """What the linear gives, `[..., out]`, with rows at e^θ, from what it gives with them at 1; differentiable."""
+        factor = self.log_change[:, 0].exp()
+        return outputs * factor if bias is None else (outputs - bias) * factor + bias
 
     def finished(self, stored_dtype: torch.dtype) -> QuantizedWeight:
         """The same codes with the group scales as they will be stored."""

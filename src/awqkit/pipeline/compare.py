@@ -35,7 +35,7 @@ from awqkit.pipeline.quantized_block import advance
 from awqkit.pipeline.search_block import Choice
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
-from awqkit.pipeline.tune import TunableBlock
+from awqkit.pipeline.tunable_block import TunableBlock
 from awqkit.pipeline.tuning_stage import TuningStart, finish_tuning, start_tuning, tunable_block
 from awqkit.recipe import Recipe
 
@@ -43,6 +43,7 @@ _TASK, _GRADIENT_TASK = "block", "gradient step"
 START, OBSERVE, EVALUATE = "start", "observe", "evaluate"  # stages that no contender has alone
 
 _Kind = tuple[str, float]  # what recipes that share streams and statistics have in common: see `_kind`
+_TuningKind = tuple[str, float]  # and those that start tuning from the same rows in the same batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +109,14 @@ class _Lane:
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """What the whole pass shares. streams: by kind of recipe. tuning: by `Recipe.generated`."""
+    """What the whole pass shares. streams: by kind of recipe. tuning: by `_tuning_kind`."""
 
     skeleton: Skeleton
     device: torch.device
     lanes: tuple[_Lane, ...]
     streams: Mapping[_Kind, Streams]
     original: HiddenStates
-    tuning: Mapping[float, TuningStart]
+    tuning: Mapping[_TuningKind, TuningStart]
     clock: StageClock
 
 
@@ -174,9 +175,10 @@ def _course(
     original = HiddenStates(skeleton, rows.evaluation, device, num_streams=num_streams)
     lanes = tuple(_lane(contender, streams, original) for contender in contenders)
     tuning = {}
-    for share in {lane.contender.recipe.generated for lane in lanes if lane.tunes}:
-        learning = rows.learning[share]
-        tuning[share] = start_tuning(skeleton, learning.calibration, learning.held_out, device)
+    for kind in {_tuning_kind(lane.contender.recipe) for lane in lanes if lane.tunes}:
+        moves, generated = kind
+        learning = rows.learning[generated]
+        tuning[kind] = start_tuning(skeleton, moves, learning.calibration, learning.held_out, device)
     return _Course(skeleton, device, lanes, streams, original, tuning, clock)
 
 
@@ -261,6 +263,10 @@ def _kind(recipe: Recipe) -> _Kind:
     return recipe.sensitivity, recipe.generated
 
 
+def _tuning_kind(recipe: Recipe) -> _TuningKind:
+    return recipe.tuning, recipe.generated
+
+
 def _is_of_kind(recipe: Recipe, kind: _Kind) -> bool:
     return recipe.needs_calibration and _kind(recipe) == kind
 
@@ -297,7 +303,7 @@ def _tune(course: _Course, lane: _Lane, emit: Emit) -> None:
         course.skeleton,
         contender.recipe,
         contender.plan.stored_dtype,
-        course.tuning[contender.recipe.generated],
+        course.tuning[_tuning_kind(contender.recipe)],
         lane.streams,
         lane.blocks,
         emit,
@@ -315,6 +321,6 @@ def _as_tuned(
 ) -> Iterator[TunableBlock]:
     """The blocks with what moved rounded as it is stored; what did not move is as it was."""
     for block, (weights, gains) in zip(blocks, moved, strict=True):
-        linears = {name: TunableLinear(weight) for name, weight in weights.items()}
+        linears = {name: TunableLinear(weight, block.linears[name].view, "groups") for name, weight in weights.items()}
         vectors = {name: TunableGain.of(value, is_offset=False) for name, value in gains.items()}
         yield TunableBlock(block.module, {**block.linears, **linears}, {**block.gains, **vectors}, block.fixed)

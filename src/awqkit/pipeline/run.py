@@ -23,7 +23,7 @@ from awqkit.pipeline.layout import OutputLayout
 from awqkit.pipeline.plan import RunPlan
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
-from awqkit.pipeline.tune import TunableBlock
+from awqkit.pipeline.tunable_block import TunableBlock
 from awqkit.pipeline.tuning_stage import finish_tuning, start_tuning, tunable_block
 from awqkit.recipe import Recipe
 
@@ -69,7 +69,7 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
     streams = None if rows is None else _streams(job, rows, held_out, emit)
     start = None
     if rows is not None and job.recipe.tuning_epochs > 0:
-        start = start_tuning(job.skeleton, rows, held_out, job.device)
+        start = start_tuning(job.skeleton, job.recipe.tuning, rows, held_out, job.device)
     emit(TaskStarted(_TASK, num_blocks))
     decisions, tunable = [], []
     for index in range(num_blocks):

@@ -1,83 +1,57 @@
-"""Tuning end to end: group scales and folded gains moved so that the whole quantized model follows the original.
+"""Tuning end to end: scales and folded gains moved so that the whole quantized model follows the original.
 
 The loss is KL(original ‖ quantized) on the calibration rows. The original's last hidden states are there from the block
-loop, so no second model runs; of the quantized one only codes, group scales and small vectors are in memory, a block's
-weights are made when it computes and made again for its gradient. Kept only where held-out rows agree.
+loop, so no second model runs; of the quantized one only codes, group scales and small vectors are kept. What a block
+computes with is made when it computes, and made again for its gradient where not all of it fits into memory. Kept only
+where held-out rows agree.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from awqkit.methods.tuning import TunableGain, TunableLinear
-from awqkit.model.block_calls import BlockCall
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.divergence import token_kl
-from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.free_memory import free_bytes
+from awqkit.pipeline.tunable_block import TunableBlock, kept_bytes
 
-_LEARNING_RATE = 1e-3  # a factor of e^0.001 a step at most; 3e-3 was worse at 4 bits (docs/log.md)
 _BETAS = (0.9, 0.95)
 _WARM_UP = 0.05  # of all steps
+_SHARE_OF_FREE = 0.5  # of the free memory, for what the gradients of a step need to have kept
 
 
 @dataclass(frozen=True, slots=True)
-class TunedBlock:
-    """What came of one block: linear name -> codes on moved grids, parameter name -> moved gain."""
+class Stepping:
+    """tokens_per_step: of a step's rows. learning_rate: of log factors. token_stride: the loss takes every so many."""
 
-    quantized: Mapping[str, QuantizedWeight]
-    stored: Mapping[str, Tensor]
+    tokens_per_step: int
+    learning_rate: float
+    token_stride: int
 
 
-class TunableBlock:
-    """One block as it was quantized, with what may still move.
-
-    module: the block, whose own parameters are not looked at. linears, gains: by parameter name. fixed: every other
-    parameter and buffer by name, as stored.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        linears: Mapping[str, TunableLinear],
-        gains: Mapping[str, TunableGain],
-        fixed: Mapping[str, Tensor],
-    ) -> None:
-        self.module, self.linears, self.gains, self.fixed = module, linears, gains, fixed
-
-    def __call__(self, hidden: Tensor, call: BlockCall) -> Tensor:
-        """The block's output, differentiable in `hidden`, group scales and gains."""
-        return checkpoint(self._run, hidden, call, use_reentrant=False)
-
-    def _run(self, hidden: Tensor, call: BlockCall) -> Tensor:
-        tensors = {
-            **self.fixed,
-            **{name: linear.weight() for name, linear in self.linears.items()},
-            **{name: gain.vector() for name, gain in self.gains.items()},
-        }
-        outputs = functional_call(self.module, tensors, (hidden, *call.args), dict(call.kwargs))
-        return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """Everything that a gradient step moves."""
-        return [each.log_change for each in (*self.linears.values(), *self.gains.values())]
+STEPPING = {
+    "groups": Stepping(4096, 1e-3, 1),  # 3e-3 was worse at 4 bits (docs/log.md)
+    "rows": Stepping(2048, 1.5e-3, 2),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class TuningRows:
-    """Rows with both ends of the original stream: the first block's input, and the last block's output."""
+    """Rows with both ends of the original stream: the first block's input, and the last block's output.
+
+    quantized: the last block's output as quantized so far, where a stream of it was run.
+    """
 
     rows: TokenRows
     first: HiddenStates
     last: HiddenStates
+    quantized: HiddenStates | None = None
 
 
 def tune(
@@ -86,38 +60,54 @@ def tune(
     calibration: TuningRows,
     held_out: TuningRows | None,
     *,
-    epochs: int,
+    epochs: float,
+    stepping: Stepping,
     seed: int,
     device: torch.device,
     step: Callable[[int, int], None],
 ) -> tuple[float | None, float | None]:
     """Move the blocks' scales and gains; put them back where held-out rows got worse.
 
-    step(done, total): called after each step. Returns the mean KL on held-out rows before and after, None without any.
+    epochs: passes over the calibration rows; half of one visits every second batch. step(done, total): called after
+    each step. Returns the mean KL on held-out rows before and after, None without any.
     """
     leaves = [leaf for block in blocks for leaf in block.leaves]
-    optimizer = torch.optim.Adam(leaves, lr=_LEARNING_RATE, betas=_BETAS)
-    generator = torch.Generator().manual_seed(seed)
-    total = epochs * calibration.first.num_batches
+    optimizer = torch.optim.Adam(leaves, lr=stepping.learning_rate, betas=_BETAS)
+    visits = _visits(calibration.first.num_batches, epochs, torch.Generator().manual_seed(seed))
     with skeleton.head(device) as head:
         before = None if held_out is None else _mean_kl(head, blocks, held_out)
-        for done, position in enumerate(_visits(calibration.first.num_batches, epochs, generator)):
+        recompute = not _fits(blocks, calibration.first)
+        for done, position in enumerate(visits):
             for group in optimizer.param_groups:
-                group["lr"] = _LEARNING_RATE * _schedule(done, total)
-            _backward(head, blocks, calibration, position)
+                group["lr"] = stepping.learning_rate * _schedule(done, len(visits))
+            tokens = slice(done % stepping.token_stride, None, stepping.token_stride)
+            _backward(head, blocks, calibration, position, tokens, recompute)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step(done + 1, total)
-        after = None if held_out is None else _mean_kl(head, blocks, held_out)
+            step(done + 1, len(visits))
+        after = None if held_out is None else _mean_kl(head, blocks, replace(held_out, quantized=None))
     if before is not None and after is not None and not after < before:
         for leaf in leaves:
             leaf.data.zero_()
     return before, after
 
 
-def _visits(num_batches: int, epochs: int, generator: torch.Generator) -> Iterator[int]:
-    for _ in range(epochs):
-        yield from torch.randperm(num_batches, generator=generator).tolist()
+def _visits(num_batches: int, epochs: float, generator: torch.Generator) -> list[int]:
+    """Which batches are stepped through: all in another order each time, then evenly spaced ones for what is left."""
+    whole = int(epochs)
+    rest = max(round((epochs - whole) * num_batches), 1 - whole)
+    visits = [position for _ in range(whole) for position in torch.randperm(num_batches, generator=generator).tolist()]
+    spaced = [index * num_batches // rest for index in range(rest)]
+    return visits + [spaced[index] for index in torch.randperm(rest, generator=generator).tolist()]
+
+
+def _fits(blocks: Sequence[TunableBlock], first: HiddenStates) -> bool:
+    """Whether there is room for what all blocks keep for the gradients of one batch."""
+    free = free_bytes(first.device)
+    if free is None:
+        return False
+    _, hidden, calls, _ = first.batch(0)
+    return kept_bytes(blocks[0], hidden, calls[0]) * len(blocks) <= _SHARE_OF_FREE * free
 
 
 def _schedule(done: int, total: int) -> float:
@@ -128,19 +118,21 @@ def _schedule(done: int, total: int) -> float:
 Head = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _backward(head: Head, blocks: Sequence[TunableBlock], rows: TuningRows, position: int) -> None:
+def _backward(
+    head: Head, blocks: Sequence[TunableBlock], rows: TuningRows, position: int, tokens: slice, recompute: bool
+) -> None:
     """Add the gradients of one batch's mean KL to the leaves."""
     with torch.enable_grad():
-        part, hidden, mask = _through(blocks, rows, position)
+        part, hidden, mask = _through(blocks, rows, position, recompute)
     goal = rows.last.rows_of(part)
     ids = rows.rows.ids[part].to(hidden.device)
-    gradient = torch.empty_like(hidden)
+    gradient = torch.zeros_like(hidden)
     for row in range(len(hidden)):  # row by row: logits are the largest tensors there are
-        leaf = hidden[row : row + 1].detach().requires_grad_(True)
+        one = (slice(row, row + 1), tokens)
+        leaf = hidden[one].detach().requires_grad_(True)
         with torch.enable_grad():
-            row_mask = None if mask is None else mask[row : row + 1]
-            _row_kl(head, ids[row : row + 1], goal[row : row + 1], leaf, row_mask).mean().backward()
-        gradient[row] = leaf.grad[0]
+            _row_kl(head, ids[one], goal[one], leaf, None if mask is None else mask[one]).mean().backward()
+        gradient[one] = leaf.grad
     hidden.backward(gradient / len(hidden))
 
 
@@ -148,7 +140,7 @@ def _mean_kl(head: Head, blocks: Sequence[TunableBlock], rows: TuningRows) -> fl
     total, tokens = 0.0, 0
     with torch.no_grad():
         for position in range(rows.first.num_batches):
-            part, hidden, mask = _through(blocks, rows, position)
+            part, hidden, mask = _reached(blocks, rows, position)
             goal, ids = rows.last.rows_of(part), rows.rows.ids[part].to(hidden.device)
             for row in range(len(hidden)):
                 one = slice(row, row + 1)
@@ -165,8 +157,18 @@ def _row_kl(head: Head, ids: Tensor, goal: Tensor, hidden: Tensor, mask: Tensor 
     return found if mask is None else found[mask[0]]
 
 
-def _through(blocks: Sequence[TunableBlock], rows: TuningRows, position: int) -> tuple[slice, Tensor, Tensor | None]:
+def _reached(blocks: Sequence[TunableBlock], rows: TuningRows, position: int) -> tuple[slice, Tensor, Tensor | None]:
+    """What `_through` gives, from the stream that has been there where there is one."""
+    if rows.quantized is None:
+        return _through(blocks, rows, position, recompute=False)
+    part, _, _, mask = rows.first.batch(position)
+    return part, rows.quantized.rows_of(part), mask
+
+
+def _through(
+    blocks: Sequence[TunableBlock], rows: TuningRows, position: int, recompute: bool
+) -> tuple[slice, Tensor, Tensor | None]:
     part, hidden, calls, mask = rows.first.batch(position)
     for block, call in zip(blocks, calls, strict=True):
-        hidden = block(hidden, call)
+        hidden = block(hidden, call, recompute=recompute)
     return part, hidden, mask

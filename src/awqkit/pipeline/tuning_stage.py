@@ -17,10 +17,10 @@ from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.block_step import BlockResult
 from awqkit.pipeline.context import BlockContext, Streams
-from awqkit.pipeline.tune import TunableBlock, TuningRows, tune
+from awqkit.pipeline.tunable_block import TunableBlock
+from awqkit.pipeline.tune import STEPPING, TuningRows, tune
 from awqkit.recipe import Recipe
 
-TOKENS_PER_STEP = 4096  # eight rows of 512: more steps an epoch than with the batches of the statistics
 _TASK = "tune"
 
 
@@ -34,11 +34,13 @@ class TuningStart:
     held_out_rows: TokenRows | None
 
 
-def start_tuning(skeleton: Skeleton, rows: TokenRows, held_out: TokenRows | None, device: torch.device) -> TuningStart:
-    """The rows in the batches that tuning steps through."""
+def start_tuning(
+    skeleton: Skeleton, tuning: str, rows: TokenRows, held_out: TokenRows | None, device: torch.device
+) -> TuningStart:
+    """The rows in the batches that tuning steps through. tuning: as in the Recipe."""
 
     def states(part: TokenRows) -> HiddenStates:
-        return HiddenStates(skeleton, part, device, tokens_per_batch=TOKENS_PER_STEP)
+        return HiddenStates(skeleton, part, device, tokens_per_batch=STEPPING[tuning].tokens_per_step)
 
     return TuningStart(states(rows), None if held_out is None else states(held_out), rows, held_out)
 
@@ -48,7 +50,8 @@ def tunable_block(context: BlockContext, result: BlockResult) -> TunableBlock:
     structure = context.structure
     views = {name: structure.linear(name) for name in result.quantized}
     linears = {
-        views[name].weight: TunableLinear(weight, views[name].transposed) for name, weight in result.quantized.items()
+        views[name].weight: TunableLinear(weight, views[name], context.recipe.tuning)
+        for name, weight in result.quantized.items()
     }
     stored = {**context.parameters, **dict(context.block.named_buffers()), **result.stored}
     gains = {
@@ -89,13 +92,15 @@ def finish_tuning(
 
     held_out = None
     if start.held_out is not None and streams.held_out is not None and start.held_out_rows is not None:
-        held_out = TuningRows(start.held_out_rows, start.held_out, streams.held_out.original)
+        ends = streams.held_out.original, streams.held_out.quantized
+        held_out = TuningRows(start.held_out_rows, start.held_out, *ends)
     before, after = tune(
         skeleton,
         blocks,
         TuningRows(start.rows, start.calibration, streams.calibration.original),
         held_out,
         epochs=recipe.tuning_epochs,
+        stepping=STEPPING[recipe.tuning],
         seed=recipe.seed,
         device=start.calibration.device,
         step=step,
