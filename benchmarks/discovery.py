@@ -77,7 +77,7 @@ def main() -> None:
         structure = discover(block, run, probe.hidden)
         discovery = time.monotonic() - began
         began = time.monotonic()
-        errors = {fold.label: prove(block, run, probe.hidden, structure, fold) for fold in structure.folds}
+        errors = {fold.label: prove(block, run, probe.hidden, structure, (fold,)) for fold in structure.folds}
         proofs = time.monotonic() - began
     print(f"one forward {forward:.2f} s, discovery {discovery:.2f} s, {len(errors)} proofs {proofs:.2f} s: {errors}")
     found = {"forward_seconds": forward, "discovery_seconds": discovery, "proof_seconds": proofs, "folds": errors}

@@ -103,7 +103,7 @@ def write_twin(model: Path, out: Path, seed: int) -> list[Rescaled]:
             run = probe.runner(block, index)
             exact = [
                 fold for fold in structure.folds
-                if prove(block, run, probe.hidden, structure, fold) <= PROOF_TOLERANCE
+                if prove(block, run, probe.hidden, structure, (fold,)) <= PROOF_TOLERANCE
             ]  # fmt: skip
             drawn = [(fold, draw_factors(fold, generator)) for fold in exact]
             for name, value in rescale(dict(block.named_parameters()), structure, drawn).items():

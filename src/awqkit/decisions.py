@@ -15,6 +15,7 @@ ALPHA_POINTS = tuple(step / 20 for step in range(21))  # those that the search t
 CLIP_POINTS = tuple(0.5 + step / 40 for step in range(21))  # those that the search tries
 LOG2_SCALE_POINTS = tuple(step / 8 for step in range(-40, 41))  # eighths of an octave
 SALIENT_CHANNEL_SHARES = (0.001, 0.01, 0.05, 0.1)
+ENOUGH_TOKENS = 4  # of an expert, a channel: the sampling error of H, √(channels ÷ tokens) of it, is then a half
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class LinearDecision:
     clip_counts: both ends of all groups by the share that was kept, at `CLIP_POINTS`; empty without clip.
     saliency: (share of the input channels, share of plain rounding's output error that the most salient of them
     carry), see `numerics.saliency`; empty without calibration. propagation: the strength β that was used.
+    tokens: calibration tokens that the linear of an expert met; None where that is every one.
     """
 
     name: str
@@ -102,6 +104,7 @@ class LinearDecision:
     clip_counts: tuple[int, ...] = ()
     saliency: tuple[tuple[float, float], ...] = ()
     propagation: float = 0.0
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,7 @@ class Recipe:
     ignore: globs on full module paths; a linear that matches stays in full precision.
     calibration: path of a .txt or .jsonl file, "builtin", or the name of a hub dataset.
     samples, seq_len, seed: calibration rows, tokens per row, and the seed that chooses them.
+    all_experts: whether every expert learns from every calibration token, and not from those that its router sends.
     generated: rows that the model writes itself, beside each of `samples`; 0.5 makes half as many more.
     """
 
@@ -156,6 +157,7 @@ class Recipe:
     samples: int = 128
     generated: float = 0.0
     seq_len: int = 512
+    all_experts: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from awqkit.api.compare import Comparison, ComparisonRow
 from awqkit.api.contenders import METHODS, contender_recipes
 from awqkit.errors import CalibrationError, CheckpointError, FormatError, UsageError
 from awqkit.events import BlockFinished, Caution, Event, Notice, TaskStarted
+from awqkit.pipeline.tune import STEPPING
 
 SIZES = {"samples": 9, "seq_len": 32, "seed": 3}
 CPU = RunOptions(device="cpu")
@@ -80,7 +82,8 @@ def test_a_row_is_what_quantize_and_evaluate_say(
 
 
 def test_what_tuning_moved_is_measured(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("awqkit.pipeline.tune._LEARNING_RATE", 0.02)  # a few steps must be seen after rounding
+    fast = replace(STEPPING["groups"], learning_rate=0.02)  # a few steps must be seen after rounding
+    monkeypatch.setitem(STEPPING, "groups", fast)
     monkeypatch.setattr("awqkit.pipeline.tune._mean_kl", _falling())
     (named,) = contender_recipes(("best",), (4,), **SIZES)
     (row,) = _compare(folder, ("best",)).rows

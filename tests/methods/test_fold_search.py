@@ -191,7 +191,7 @@ def test_fold_errors_are_the_summed_errors_in_the_originals_units() -> None:
     row_weights = [torch.rand(len(weight)) for weight in weights]
     scaled = [ScaledWeight(weight, weight, s, rows) for weight, rows in zip(weights, row_scale, strict=True)]
     linears = _quantized(scaled, moment)
-    plain, chosen = fold_errors(linears, scaled, row_weights, moment)
+    plain, chosen = fold_errors(linears, scaled, row_weights, [moment] * len(linears))
     expected = [0.0, 0.0]
     for weight, entry, linear, rows in zip(weights, scaled, linears, row_weights, strict=True):
         for side, candidate in enumerate((plain_weight(entry, PLAN), linear.restored)):

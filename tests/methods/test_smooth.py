@@ -135,7 +135,7 @@ def test_smoothing_errors_say_what_rounding_the_input_adds() -> None:
     s = _search(weight, x, SMOOTH, W8).per_channel
     rows = torch.rand(12, generator=torch.Generator().manual_seed(1))
     scaled = ScaledWeight(weight, weight, s, torch.ones(12))
-    plain, chosen = smoothing_errors([scaled, scaled], [rows, rows], x)
+    plain, chosen = smoothing_errors([scaled, scaled], [rows, rows], [x, x])
     expected = [2 * _token_cost(weight, x, scale, rows) for scale in (torch.ones(CHANNELS), s)]
     torch.testing.assert_close([plain, chosen], expected, rtol=1e-3, atol=0)
 

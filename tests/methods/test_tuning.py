@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from awqkit.methods.tuning import TunableGain, TunableLinear
-from awqkit.model.structure import LinearView
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.numerics.rounding import round_nearest, span_grid
 
-VIEW = LinearView("linear", "linear.weight", "linear.bias", (6, 32))
 TUNINGS = ("groups", "rows")
 
 
@@ -23,7 +21,7 @@ def _quantized(seed: int = 0) -> QuantizedWeight:
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_at_rest_a_tunable_linear_is_the_quantized_one(tuning: str) -> None:
     quantized = _quantized()
-    linear = TunableLinear(quantized, VIEW, tuning)
+    linear = TunableLinear(quantized, tuning)
     torch.testing.assert_close(linear.weight().detach(), dequantize(quantized.codes, quantized.grid), rtol=0, atol=0)
     finished = linear.finished(torch.bfloat16)
     assert torch.equal(finished.grid.group_scale, quantized.grid.group_scale)
@@ -32,7 +30,7 @@ def test_at_rest_a_tunable_linear_is_the_quantized_one(tuning: str) -> None:
 
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_a_moved_scale_is_stored_as_its_dtype_holds_it(tuning: str) -> None:
-    linear = TunableLinear(_quantized(), VIEW, tuning)
+    linear = TunableLinear(_quantized(), tuning)
     linear.log_change.data += 0.1
     scale = linear.finished(torch.bfloat16).grid.group_scale
     assert torch.equal(scale, scale.to(torch.bfloat16).float())
@@ -43,7 +41,7 @@ def test_a_moved_scale_is_stored_as_its_dtype_holds_it(tuning: str) -> None:
 def test_the_gradient_of_a_scale_is_that_of_a_factor(tuning: str) -> None:
     """Of what the linear computes, bias and all, by differences of its stored form in float64."""
     quantized, generator = _quantized(), torch.Generator().manual_seed(1)
-    linear, bias = TunableLinear(quantized, VIEW, tuning), torch.randn(6, generator=generator)
+    linear, bias = TunableLinear(quantized, tuning), torch.randn(6, generator=generator)
     inputs, step = torch.randn(5, 32, generator=generator), 1e-3
     outputs = inputs @ linear.weight().t() + bias
     (linear.scaled(outputs, bias) if linear.per_row else outputs).square().sum().backward()
@@ -51,7 +49,7 @@ def test_the_gradient_of_a_scale_is_that_of_a_factor(tuning: str) -> None:
         group = 0 if linear.per_row else group
         moved = []
         for sign in (1, -1):
-            other = TunableLinear(quantized, VIEW, tuning)
+            other = TunableLinear(quantized, tuning)
             other.log_change.data[row, group] = sign * step
             weight = dequantize(quantized.codes, other.finished(torch.float32).grid).double()
             moved.append((inputs.double() @ weight.t() + bias.double()).square().sum())

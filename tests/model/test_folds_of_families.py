@@ -82,7 +82,7 @@ class Case:
 
     def proof(self, fold: Fold) -> float:
         with torch.no_grad():
-            return prove(self.block, self.run, self.probe.hidden, self.structure, fold)
+            return prove(self.block, self.run, self.probe.hidden, self.structure, (fold,))
 
     def fold(self, consumer: str) -> Fold:
         return next(fold for fold in self.structure.folds if consumer in fold.consumers)

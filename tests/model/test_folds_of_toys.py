@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,7 +113,7 @@ def test_no_name_decides(hidden: Tensor) -> None:
     ]
     with torch.no_grad():
         for fold in structure.folds:
-            assert prove(block, lambda: block(hidden), hidden, structure, fold) <= PROOF_TOLERANCE
+            assert prove(block, lambda: block(hidden), hidden, structure, (fold,)) <= PROOF_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", [ClampedUp, ShiftedUp])
@@ -126,7 +124,7 @@ def test_a_changed_up_branch_is_no_fold(kind: type[Kitchen], hidden: Tensor) -> 
     wanted = plain.folds[-1]
     assert wanted.consumers == ("e",)
     with torch.no_grad():
-        assert prove(block, lambda: block(hidden), hidden, structure, wanted) > 100 * PROOF_TOLERANCE
+        assert prove(block, lambda: block(hidden), hidden, structure, (wanted,)) > 100 * PROOF_TOLERANCE
 
 
 def test_what_something_else_reads_too_is_refused_with_the_reason(hidden: Tensor) -> None:
@@ -152,7 +150,7 @@ def test_an_inexact_output_of_nan_is_not_taken_for_a_proof(hidden: Tensor) -> No
     block, structure = _discovered(Kitchen, hidden)
     outputs = iter([block(hidden), torch.full_like(hidden, float("nan"))])
     with torch.no_grad():
-        assert prove(block, lambda: next(outputs), hidden, structure, structure.folds[0]) == float("inf")
+        assert prove(block, lambda: next(outputs), hidden, structure, structure.folds[:1]) == float("inf")
 
 
 def test_the_proof_restores_parameters_when_the_block_fails(hidden: Tensor) -> None:
@@ -160,5 +158,5 @@ def test_the_proof_restores_parameters_when_the_block_fails(hidden: Tensor) -> N
     before = {name: value.data.clone() for name, value in block.named_parameters()}
     calls = iter([block(hidden)])  # the second run raises StopIteration
     with torch.no_grad(), pytest.raises(StopIteration):
-        prove(block, lambda: next(calls), hidden, structure, replace(structure.folds[0]))
+        prove(block, lambda: next(calls), hidden, structure, structure.folds[:1])
     assert all(torch.equal(value.data, before[name]) for name, value in block.named_parameters())

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awqkit.model.observe import TRANSPOSED, LinearWatch, both_ways, matrix_parameters
+from awqkit.model.matrices import matrix_parameters
+from awqkit.model.observe import TRANSPOSED, LinearWatch, both_ways
 
 
 def test_only_the_watched_linears_are_reported_with_what_goes_in_and_out() -> None:

@@ -15,7 +15,7 @@ from awqkit.numerics.statistics import (
     empty_statistics,
     finished,
     finished_paired,
-    merged,
+    pooled,
     second_moment,
 )
 
@@ -103,7 +103,7 @@ def test_batches_add_up_and_sums_merge_in_any_order() -> None:
     expected = second_moment(at_once.quantized)
     torch.testing.assert_close(second_moment(batched.quantized), expected, rtol=1e-4, atol=1e-5)
     whole = [finished(accumulate_(empty_statistics(12), *part[1:])) for part in parts]
-    together = merged(merged(whole[2], whole[0]), whole[1])
+    together = pooled([pooled([whole[2], whole[0]]), whole[1]])
     assert together.token_count == 40
     torch.testing.assert_close(second_moment(together), expected, rtol=1e-4, atol=1e-5)
     summed = sum(each.cross_gram for each in alone)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awqkit.numerics.statistics import Statistics, accumulate_, empty_statistics, finished, merged, second_moment
+from awqkit.numerics.statistics import Statistics, accumulate_, empty_statistics, finished, pooled, second_moment
 
 
 def _inputs(tokens: int, channels: int, seed: int = 0) -> Tensor:
@@ -96,9 +96,9 @@ def test_chunks_give_what_all_tokens_at_once_give() -> None:
 def test_merging_works_in_any_order_and_before_or_after_finishing() -> None:
     x = _inputs(60, 20)
     parts = [_of(x[:7]), _of(x[7:30]), _of(x[30:])]
-    forward = merged(merged(parts[0], parts[1]), parts[2])
-    backward = merged(parts[2], merged(parts[1], parts[0]))
-    late = merged(finished(parts[1]), merged(finished(parts[2]), finished(parts[0])))
+    forward = pooled([pooled(parts[:2]), parts[2]])
+    backward = pooled([parts[2], pooled(parts[1::-1])])
+    late = pooled([finished(parts[1]), pooled([finished(parts[2]), finished(parts[0])])])
     gram, mean_abs, max_abs = _loop(x)
     for found in (finished(forward), finished(backward), late):
         assert found.token_count == 60
@@ -110,6 +110,6 @@ def test_merging_works_in_any_order_and_before_or_after_finishing() -> None:
 def test_merging_leaves_its_inputs_alone() -> None:
     first, second = _of(_inputs(5, 4)), _of(_inputs(6, 4, seed=1))
     before = first.gram.clone()
-    merged(first, second)
+    pooled([first, second])
     assert torch.equal(first.gram, before)
     assert first.token_count == 5

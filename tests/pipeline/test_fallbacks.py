@@ -103,12 +103,13 @@ def test_a_block_that_is_worse_on_held_out_rows_is_rounded_plainly(
 def test_an_inexact_fold_is_not_used_and_the_report_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from awqkit.pipeline import observe_block
 
-    prove = observe_block.prove
+    proof_errors = observe_block.proof_errors
 
-    def attention_norm_is_inexact(block: Any, run: Any, hidden: Any, structure: Any, fold: Any) -> float:
-        return 0.5 if fold.label == "input_layernorm" else prove(block, run, hidden, structure, fold)
+    def attention_norm_is_inexact(block: Any, run: Any, hidden: Any, structure: Any, folds: Any) -> list[float]:
+        found = proof_errors(block, run, hidden, structure, folds)
+        return [0.5 if fold.label == "input_layernorm" else error for fold, error in zip(folds, found, strict=True)]
 
-    monkeypatch.setattr(observe_block, "prove", attention_norm_is_inexact)
+    monkeypatch.setattr(observe_block, "proof_errors", attention_norm_is_inexact)
     model = tiny_model("llama")
     result = run_on(model, tmp_path, FAST)
     refused = [fold for fold in result.report.blocks[0].folds if fold.fallback]

@@ -60,7 +60,7 @@ def test_rows_that_moved_are_the_stored_weights_whose_scales_moved(family: str) 
     for number, linear in enumerate(tunable.linears.values()):
         linear.log_change.data += 0.2 * torch.randn(linear.log_change.shape, generator=_generator(number))
     stored = {
-        name: TunableLinear(linear.finished(torch.float32), linear.view, "groups")
+        name: TunableLinear(linear.finished(torch.float32), "groups", transposed=tunable.views[name].transposed)
         for name, linear in tunable.linears.items()
     }
     expected = replace(tunable, linears=stored)(hidden, calls[0])

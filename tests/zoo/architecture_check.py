@@ -18,7 +18,8 @@ from awqkit import Recipe, RunOptions, load, quantize
 from awqkit.errors import AwqkitError
 from awqkit.methods.fold import consumer_scale
 from awqkit.model.block_calls import run_block
-from awqkit.model.folds import PROOF_TOLERANCE, prove
+from awqkit.model.folds import PROOF_TOLERANCE, proof_errors, proved_together
+from awqkit.model.matrices import matrix_of
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
 from awqkit.numerics.grid import dequantize
@@ -115,9 +116,13 @@ def folds_exactly(model: nn.Module, skeleton: Skeleton, found: Found) -> dict[in
         run = found.probe.runner(block, index)
         with torch.no_grad():
             exact = [
-                fold for fold in structure.folds
-                if prove(block, run, found.probe.hidden, structure, fold) <= PROOF_TOLERANCE
-            ]  # fmt: skip
+                fold
+                for group in proved_together(structure)
+                for fold, error in zip(
+                    group, proof_errors(block, run, found.probe.hidden, structure, group), strict=True
+                )
+                if error <= PROOF_TOLERANCE
+            ]
         skeleton.release_block(index)
         proved.setdefault(id(structure), len(exact))
         parameters = dict(folded.get_submodule(skeleton.block_path(index)).named_parameters())
@@ -142,12 +147,13 @@ def _apply(fold: Any, structure: BlockStructure, parameters: dict[str, Tensor], 
     with torch.no_grad():
         rows = structure.linear(fold.producer_linear) if fold.producer_linear else None
         for name in fold.producer:
-            value = rows.oriented(parameters[name]) if rows and name == rows.weight else parameters[name]
+            value = matrix_of(parameters, name)
+            value = rows.oriented(value) if rows and name == rows.weight else value
             along = s.reshape(-1, *(1,) * (value.dim() - 1))
             value.copy_((1.0 + value) / along - 1.0 if name == fold.offset else value / along)
         for consumer in fold.consumers:
             view = structure.linear(consumer)
-            view.oriented(parameters[view.weight]).mul_(consumer_scale(s, fold.channel_of[consumer]))
+            view.oriented(matrix_of(parameters, view.weight)).mul_(consumer_scale(s, fold.channel_of[consumer]))
 
 
 def _loads_exactly(model: nn.Module, folder: Path) -> None:
@@ -176,7 +182,7 @@ def _loads_exactly(model: nn.Module, folder: Path) -> None:
     parameters = dict(expected.named_parameters())
     with torch.no_grad():
         for name, value in simulated.items():
-            parameters[name].copy_(value)
+            matrix_of(parameters, name).copy_(value)
     loaded = load(done.directory, dtype=torch.float32, device="cpu")
     distance = distance_of(logits(loaded), logits(expected))
     assert distance < LOADED, f"loaded, the logits are {distance:.1e} away from the simulated ones"

@@ -16,8 +16,8 @@ found; run block by block it gives the logits of its own forward; with a random 
 still (float64, to 1e-6); a saved copy is quantized by `--quality fast` and loaded; what is loaded gives the logits of
 what was simulated.
 
-{handled} of {all} are handled, none wrongly. Two numbers of linears or folds are those of two kinds of block. Experts
-that are stacked in one parameter stay in full precision so far, and are no linears here.
+{handled} of {all} are handled, none wrongly. Two numbers of linears or folds are those of two kinds of block. Every
+matrix of every expert counts, four experts of two matrices as eight linears; so does the fold inside each.
 
 | model type | class | blocks | linears | folds |
 | --- | --- | --- | --- | --- |

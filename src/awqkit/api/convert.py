@@ -153,7 +153,8 @@ def _quantization_config(
         everything += [each for each in paths if each not in job.linears]
         full += paths if disk not in job.linears else []
     # experts that the model holds in one stack: no module of its own is there for them
-    experts = [disk.removesuffix(".weight") for parts in places.slices.values() for disk in parts]
+    stacked = (disk.removesuffix(".weight") for parts in places.slices.values() for disk in parts)
+    experts = [disk for disk in stacked if disk not in job.linears]
     everything, full = [*everything, *experts], [*full, *experts]
     listed = [entry for entry in kept if entry not in full and _is_there(entry, job)]
     return job.target.quantization_config(job.written, [*full, *listed], [*everything, *listed])

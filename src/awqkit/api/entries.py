@@ -14,6 +14,7 @@ from awqkit.checkpoint.reader import Checkpoint
 from awqkit.errors import AwqkitError, FormatError, UsageError
 from awqkit.formats.format import FORMATS, Format, format_for
 from awqkit.formats.scheme import Scheme
+from awqkit.model.matrices import parameter_of
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.compare import Contender
 from awqkit.pipeline.plan import RunPlan, look_at, plan_linears
@@ -75,6 +76,5 @@ def _bits_per_weight(plan: RunPlan, recipe: Recipe, written: Format) -> float:
 def original_bits(checkpoint: Checkpoint, skeleton: Skeleton, plan: RunPlan) -> int:
     """Bits of a block's weights on disk, with their scales where they have few."""
     block = plan.blocks[0]
-    disk = skeleton.disk_name(f"{block.path}.{block.structure.linears[0].weight}")
-    assert disk is not None
+    disk = skeleton.disk_names(f"{block.path}.{parameter_of(block.structure.linears[0].weight)}")[0]
     return round(8 * checkpoint.stored_bytes(disk) / math.prod(checkpoint.shape(disk)))

@@ -15,7 +15,7 @@ from awqkit.api.source import open_source
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.decisions import as_json
 from awqkit.events import Emit, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
-from awqkit.model.folds import PROOF_TOLERANCE, prove
+from awqkit.model.folds import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.random_weights import RandomWeights
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
@@ -102,7 +102,7 @@ def folds(
 def _look_at_kind(skeleton: Skeleton, probe: Probe, blocks: Sequence[int], device: torch.device) -> FoundKind:
     first = blocks[0]
     structure = discover_block(skeleton, probe, first, device)
-    apart = {fold.label: why for fold in structure.folds if (why := structure.why_not_together(fold.consumers))}
+    apart = {fold.label: why for fold in structure.folds if (why := fold.why_not_together(fold.consumers))}
     refused = {refusal.label: refusal.reason for refusal in structure.refusals} | apart
     return FoundKind(
         skeleton.block_path(first),
@@ -127,12 +127,12 @@ def _proved(
     found = []
     try:
         with torch.no_grad():
-            for fold in structure.folds:
-                if fold.label in left_out:
-                    continue
-                error = prove(block, run, probe.hidden, structure, fold)
-                exact = error <= PROOF_TOLERANCE
-                found.append(FoundFold(fold.label, fold.kind, fold.consumers, fold.num_channels, error, exact))
+            for group in proved_together(structure):
+                asked = [fold for fold in group if fold.label not in left_out]
+                errors = proof_errors(block, run, probe.hidden, structure, asked) if asked else ()
+                for fold, error in zip(asked, errors, strict=True):
+                    exact = error <= PROOF_TOLERANCE
+                    found.append(FoundFold(fold.label, fold.kind, fold.consumers, fold.num_channels, error, exact))
     finally:
         skeleton.release_block(index)
     return tuple(found)

@@ -27,11 +27,12 @@ from awqkit.errors import OutputError
 from awqkit.events import Caution, Emit, Notice, ignore_events
 from awqkit.formats.format import Format, format_for
 from awqkit.formats.scheme import Scheme
+from awqkit.model.matrices import parameter_of
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import library_versions, load_config, load_text_encoder
 from awqkit.options import RunOptions
 from awqkit.pipeline.layout import OutputLayout, plan_output
-from awqkit.pipeline.plan import RunPlan, plan_run
+from awqkit.pipeline.plan import BlockPlan, RunPlan, plan_run
 from awqkit.pipeline.run import Run, run
 from awqkit.recipe import DEFAULT_QUALITY, Recipe
 from awqkit.report.card import model_card
@@ -184,23 +185,37 @@ def stored_dtype_of(checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
 def _quantization_config(skeleton: Skeleton, plan: RunPlan, layout: OutputLayout, written: Format) -> dict[str, object]:
     packed = set(layout.packed.values())
     everything, kept = [], []
-    for linear in plan.linears:
-        disk = skeleton.disk_name(f"{linear.name}.weight")
-        disk_path = linear.name if disk is None else disk.removesuffix(".weight")
-        everything += sorted({linear.name, disk_path})
-        if disk_path not in packed:
-            kept += sorted({linear.name, disk_path})
+    for block in plan.blocks:
+        for name, linear in block.linears.items():
+            view = block.structure.linear(name)
+            parts = skeleton.matrix_parts(f"{block.path}.{view.weight}", transposed=view.transposed)
+            paths = {disk.removesuffix(".weight") for disk in parts or ()}
+            if parameter_of(view.weight) == view.weight:
+                paths.add(linear.name)
+            everything += sorted(paths)
+            if packed.isdisjoint(paths):
+                kept += sorted(paths)
     outside = skeleton.linears_outside_blocks()
     shapes = skeleton.shapes_on_disk()
     unwatched = [
         path
         for block in plan.blocks
-        for name in block.structure.unwatched
+        for name in (*block.structure.unwatched, *_stacks_kept(block))
         for path in _paths_of_parameter(f"{block.path}.{name}", skeleton, shapes)
     ]
     return written.quantization_config(
         layout.scheme, [*kept, *unwatched, *outside], [*everything, *unwatched, *outside]
     )
+
+
+def _stacks_kept(block: BlockPlan) -> list[str]:
+    """Stacks of which every matrix stays in full precision."""
+    kept: dict[str, bool] = {}
+    for name, linear in block.linears.items():
+        weight = block.structure.linear(name).weight
+        if parameter_of(weight) != weight:
+            kept[parameter_of(weight)] = kept.get(parameter_of(weight), True) and linear.keep is not None
+    return [stack for stack, is_kept in kept.items() if is_kept]
 
 
 def _paths_of_parameter(name: str, skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

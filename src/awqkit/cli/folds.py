@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from awqkit.cli.arguments import Parser, add_run_options, check_device, run_opti
 from awqkit.cli.console import Console, table
 
 if TYPE_CHECKING:
-    from awqkit.api.folds import FoundFolds, FoundKind
+    from awqkit.api.folds import FoundFold, FoundFolds, FoundKind
 
 SUMMARY = "show where a model's channels can be scaled, and the proof"
 
@@ -71,13 +72,18 @@ def _summary(found: FoundFolds) -> str:
 
 def _kind(kind: FoundKind) -> str:
     lines = [f"{kind.path}, as block{'s' if len(kind.blocks) > 1 else ''} {_ranges(kind.blocks)}:"]
-    lines.append(table(("linear", "out", "in"), [(name, *map(str, shape)) for name, shape in kind.linears.items()]))
+    linears = Counter((_numberless(name), shape) for name, shape in kind.linears.items())
+    rows = [(_times(name, count), *map(str, shape)) for (name, shape), count in linears.items()]
+    lines.append(table(("linear", "out", "in"), rows))
     if kind.folds:
         columns = ("fold", "kind", "channels", "error", "used")
+        alike: dict[tuple[object, ...], list[FoundFold]] = {}
+        for fold in kind.folds:
+            alike.setdefault((_arrow(fold), fold.kind, fold.channels, fold.exact), []).append(fold)
         lines.append(table(columns, [
-            (f"{fold.producer} -> {', '.join(fold.consumers)}", fold.kind, str(fold.channels),
-             f"{fold.proof_error:.1e}", "yes" if fold.exact else "no")
-            for fold in kind.folds
+            (_times(name, len(folds)), sort, str(channels), f"{max(fold.proof_error for fold in folds):.1e}",
+             "yes" if exact else "no")
+            for (name, sort, channels, exact), folds in alike.items()
         ]))  # fmt: skip
     else:
         lines.append("No fold: nothing is scaled here; clip, rounding and refinement work all the same.")
@@ -85,6 +91,20 @@ def _kind(kind: FoundKind) -> str:
     if kind.unwatched:
         lines.append(f"not called exactly once as a linear, stay as they are: {', '.join(kind.unwatched)}")
     return "\n".join(lines)
+
+
+def _arrow(fold: FoundFold) -> str:
+    consumers = Counter(_numberless(name) for name in fold.consumers)
+    return f"{_numberless(fold.producer)} -> {', '.join(_times(name, count) for name, count in consumers.items())}"
+
+
+def _numberless(name: str) -> str:
+    """A name without the numbers that experts differ by: `mlp.experts.*.up_proj`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _times(name: str, count: int) -> str:
+    return f"{name} ({count})" if count > 1 else name
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -35,6 +35,7 @@ RECIPE_FLAGS = {
     "smooth_alpha": "--smooth-alpha",
     "propagation": "--propagate",
     "seq_len": "--seq-len",
+    "all_experts": "--all-experts",
 }
 
 
@@ -154,6 +155,11 @@ def _add_calibration_options(parser: Parser) -> None:
         "--generated", type=share, metavar="SHARE",
         help="rows that the model writes itself, beside each row of text: 0.5 makes half as many more (default: "
         f"{default.generated:g}, {Recipe.preset('best').generated:g} for best, 0 for fast and the methods)",
+    )  # fmt: skip
+    group.add_argument(
+        "--all-experts", action="store_const", const=True,
+        help="of a mixture of experts: every expert learns from every token, in as many runs as that takes (default: "
+        "from the tokens that its router sends to it)",
     )  # fmt: skip
 
 

@@ -20,7 +20,13 @@ from torch import Tensor
 from awqkit.errors import CheckpointError, FormatError
 from awqkit.formats.bits import CODES_PER_WORD, pack_columns, unpack_columns
 from awqkit.formats.scheme import SCALE_DTYPES, Scheme, StoredConfig, listed
-from awqkit.formats.serving import fused_partners, fused_units, refuse_split, tensor_parallel_cautions
+from awqkit.formats.serving import (
+    fused_partners,
+    fused_units,
+    holds_experts,
+    refuse_split,
+    tensor_parallel_cautions,
+)
 from awqkit.numerics.grid import Grid, QuantizedWeight
 from awqkit.recipe import PER_CHANNEL
 
@@ -79,6 +85,11 @@ class AwqFormat:
         slow, group_size = [], scheme.group_size
         if group_size not in FAST_GROUP_SIZES:
             slow.append(f"no fast CUDA kernel of vLLM or SGLang takes groups of {group_size}; 32, 64 and 128 have one")
+        if holds_experts(linears):
+            slow.append(
+                "transformers loads the experts of an awq checkpoint as random numbers, without an error: it is for "
+                "vLLM, SGLang and awqkit.load; compressed-tensors with --symmetric is for transformers as well"
+            )
         return slow + tensor_parallel_cautions(linears, group_size, CODES_PER_WORD)
 
     def fused_partners(self, linears: Iterable[str]) -> list[tuple[str, ...]]:

@@ -18,7 +18,13 @@ from awqkit.formats.int_quantized import IntQuantized
 from awqkit.formats.pack_quantized import PackQuantized
 from awqkit.formats.scheme import SCALE_DTYPES, Scheme, StoredConfig, listed
 from awqkit.formats.scheme_config import read_scheme, written_group
-from awqkit.formats.serving import fused_partners, fused_units, refuse_split, tensor_parallel_cautions
+from awqkit.formats.serving import (
+    fused_partners,
+    fused_units,
+    holds_experts,
+    refuse_split,
+    tensor_parallel_cautions,
+)
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.recipe import PER_CHANNEL
 
@@ -78,7 +84,10 @@ class CompressedTensorsFormat:
         word = 32 // math.gcd(32, scheme.bits)  # codes that fill whole words
         inputs = word if scheme.group_size == PER_CHANNEL else math.lcm(word, scheme.group_size)
         split = tensor_parallel_cautions(linears, inputs, 1 if scheme.symmetric else word)
-        return [*_reader_cautions(scheme), *split]
+        experts = []
+        if holds_experts(linears) and not scheme.symmetric:
+            experts.append("transformers cannot load experts with zero points: --symmetric is for it as well")
+        return [*_reader_cautions(scheme), *experts, *split]
 
     def fused_partners(self, linears: Iterable[str]) -> list[tuple[str, ...]]:
         """Linears that readers fuse and that must agree on precision, see `serving.fused_partners`."""

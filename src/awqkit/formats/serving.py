@@ -82,6 +82,11 @@ def tensor_parallel_cautions(linears: Mapping[str, tuple[int, int]], group_size:
     return cautions
 
 
+def holds_experts(linears: Iterable[str]) -> bool:
+    """Whether any of these linears is an expert's."""
+    return any(_EXPERT.fullmatch(linear) for linear in linears)
+
+
 def _unit_path(linear: str) -> str | None:
     expert = _EXPERT.fullmatch(linear)
     if expert:

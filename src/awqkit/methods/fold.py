@@ -179,29 +179,32 @@ def _summary(tried: Sequence[Candidate], best: Tensor, per_channel: Tensor) -> A
 
 
 def fold_errors(
-    consumers: Sequence[QuantizedLinear], scaled: Sequence[ScaledWeight], row_weights: Sequence[Tensor], moment: Tensor
+    consumers: Sequence[QuantizedLinear],
+    scaled: Sequence[ScaledWeight],
+    row_weights: Sequence[Tensor],
+    moments: Sequence[Tensor],
 ) -> tuple[float, float]:
     """The consumers' summed, row-weighted errors on the full H: of plain rounding at s = 1, and of what was chosen.
 
-    moment: H `[in, in]` of the input that they get, in the original's units. Both are measured from the weight aimed
+    moments: H `[in, in]` of the input that each gets, in the original's units. Both are measured from the weight aimed
     at; the rows' own division r is the same on both sides.
     """
     plain, chosen = 0.0, 0.0
-    for linear, weight, row_weight in zip(consumers, scaled, row_weights, strict=True):
+    for linear, weight, row_weight, moment in zip(consumers, scaled, row_weights, moments, strict=True):
         chosen += weighted_error(linear.restored - weight.target, moment, row_weight)
         plain += weighted_error(plain_weight(weight, linear.plan) - weight.target, moment, row_weight)
     return plain, chosen
 
 
 def smoothing_errors(
-    scaled: Sequence[ScaledWeight], row_weights: Sequence[Tensor], tokens: Tensor
+    scaled: Sequence[ScaledWeight], row_weights: Sequence[Tensor], samples: Sequence[Tensor]
 ) -> tuple[float, float]:
     """What rounding the input per token adds to `fold_errors`: at s = 1, and at the chosen s.
 
-    tokens: `[tokens, in]`.
+    samples: tokens of what each reads, `[tokens, in]`.
     """
     plain, chosen = 0.0, 0.0
-    for weight, row_weight in zip(scaled, row_weights, strict=True):
+    for weight, row_weight, tokens in zip(scaled, row_weights, samples, strict=True):
         ones = torch.ones_like(weight.channel_scale)
         plain += token_rounding_error(weight.original, tokens, ones, row_weight)
         chosen += token_rounding_error(weight.original, tokens, weight.channel_scale, row_weight)

@@ -15,18 +15,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from awqkit.model.structure import LinearView
 from awqkit.numerics.grid import QuantizedWeight
 
 
 class TunableLinear:
     """Codes with scales that a gradient can reach. log_change: θ `[out, groups]`, or `[out, 1]` for rows, a leaf.
 
-    float32. view: the linear in its block. tuning: "groups" or "rows".
+    float32. tuning: "groups" or "rows". transposed: whether the parameter that `weight` stands for is `[in, out]`.
     """
 
-    def __init__(self, quantized: QuantizedWeight, view: LinearView, tuning: str) -> None:
-        self.view, self.per_row = view, tuning == "rows"
+    def __init__(self, quantized: QuantizedWeight, tuning: str, *, transposed: bool = False) -> None:
+        self.per_row, self._transposed = tuning == "rows", transposed
         grid = quantized.grid
         rows, columns = quantized.codes.shape
         grouped = quantized.codes.reshape(rows, columns // grid.group_size, grid.group_size)
@@ -42,7 +41,7 @@ class TunableLinear:
         if not self.per_row:
             scale = scale * self.log_change.exp()
         weight = (self._steps * scale.unsqueeze(-1)).reshape(self._quantized.codes.shape)
-        return self.view.oriented(weight)
+        return weight.t() if self._transposed else weight
 
     def scaled(self, outputs: Tensor, bias: Tensor | None) -> Tensor:
         """What the linear gives, `[..., out]`, with rows at e^θ, from what it gives with them at 1; differentiable."""

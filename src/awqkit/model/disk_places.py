@@ -27,6 +27,16 @@ class Place:
         """The view of `whole`, which is contiguous and holds the parameter."""
         return whole.as_strided(self.shape, self.stride, whole.storage_offset() + self.offset)
 
+    def rows_in(self, matrix: Place) -> slice | None:
+        """Which whole rows, in equal steps, of `matrix`, a view of the same parameter, this is; None if it is not."""
+        if len(self.shape) != 2 or self.shape[1:] != matrix.shape[1:] or self.stride[1] != matrix.stride[1]:
+            return None
+        first, rest = divmod(self.offset - matrix.offset, matrix.stride[0])
+        step, uneven = divmod(self.stride[0], matrix.stride[0])
+        if rest or uneven or first < 0 or first + (self.shape[0] - 1) * step >= matrix.shape[0]:
+            return None
+        return slice(first, first + (self.shape[0] - 1) * step + 1, step)
+
 
 @dataclass(frozen=True, slots=True)
 class DiskPlaces:
@@ -75,13 +85,18 @@ def places_on_disk(model: nn.Module, disk_names: Iterable[str]) -> DiskPlaces:
     return DiskPlaces(whole, full)
 
 
-def joined(parts: Mapping[str, Place], shape: torch.Size, read: Callable[[str], Tensor]) -> Tensor:
-    """A parameter of `shape` from its parts; read(name): a tensor on disk, all of one dtype."""
+def joined(
+    parts: Mapping[str, Place],
+    shape: torch.Size,
+    read: Callable[[str], Tensor],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A parameter of `shape` from its parts, on `device`; read(name): a tensor on disk, all of one dtype."""
     whole: Tensor | None = None
     for disk, place in parts.items():
         stored = read(disk)
         if whole is None:
-            whole = torch.empty(shape, dtype=stored.dtype)
+            whole = torch.empty(shape, dtype=stored.dtype, device=device)
         place.of(whole).copy_(stored)
     assert whole is not None
     return whole

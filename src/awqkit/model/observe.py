@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 TRANSPOSED = "ᵀ"  # after the name of a parameter that is [in, out]; no parameter is called so
@@ -69,11 +69,6 @@ class LinearWatch(TorchFunctionMode):
 
 def _key(weight: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return weight.data_ptr(), tuple(weight.shape), weight.stride()
-
-
-def matrix_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Every two-dimensional parameter below `module`, by its name there: what may turn out to be a linear's weight."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.dim() == 2}
 
 
 def both_ways(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

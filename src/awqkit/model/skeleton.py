@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from awqkit.errors import ModelError
 from awqkit.model.block_calls import Answer, BlockInputs, blocks_replaced, record_calls
 from awqkit.model.block_list import find_block_list
-from awqkit.model.disk_places import joined, places_on_disk
+from awqkit.model.disk_places import Place, joined, places_on_disk
+from awqkit.model.matrices import parameter_of, stack_and_index
 from awqkit.model.transformers_bridge import empty_model
 
 
@@ -38,7 +39,7 @@ class Skeleton:
     """A causal language model whose parameters are on the meta device until a part is asked for."""
 
     def __init__(self, config: Any, source: WeightSource, *, trust_remote_code: bool = False) -> None:
-        self._model = empty_model(config, trust_remote_code=trust_remote_code)
+        self._model = empty_model(config, trust_remote_code=trust_remote_code, experts_apart=True)
         self._source = source
         self._places = places_on_disk(self._model, source.names)
         # Taken now: weights come and go with new Parameter objects, and tied ones are told by their identity.
@@ -83,6 +84,25 @@ class Skeleton:
             return {disk: value}
         whole = value.contiguous()
         return {disk: place.of(whole).contiguous() for disk, place in self._places.slices.get(module_name, {}).items()}
+
+    def matrix_parts(self, name: str, *, transposed: bool = False) -> dict[str, slice] | None:
+        """The tensors on disk that hold a matrix, each with the rows `[out]` of it that it is; None where they do not.
+
+        name: of a parameter, or of a matrix of a stack (`model.matrices`). transposed: whether it is `[in, out]`.
+        """
+        parameter, stacked = parameter_of(name), stack_and_index(name)
+        shape = tuple(self._parameter(parameter).shape)
+        rows, columns = shape[-2:]
+        if stacked is None and parameter in self._places.whole:
+            return {self._places.whole[parameter]: slice(None)}
+        first = 0 if stacked is None else stacked[1] * rows * columns
+        whole = Place((rows, columns), (columns, 1), first)
+        if transposed:
+            whole = Place((columns, rows), (1, columns), first)
+        found = {disk: place.rows_in(whole) for disk, place in self._places.slices.get(parameter, {}).items()}
+        parts = {disk: part for disk, part in found.items() if part is not None}
+        held = sum(len(range(*part.indices(whole.shape[0]))) for part in parts.values())
+        return parts if parts and held == whole.shape[0] else None
 
     def missing(self) -> list[str]:
         """Parameters of the model that the checkpoint does not have, tied ones left out."""

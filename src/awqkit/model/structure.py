@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from awqkit.model.matrices import Expert
 
 
 @dataclass(frozen=True, slots=True)
 class LinearView:
     """One `[out, in]` weight of a block, by its path inside the block.
 
-    name: module path in the block (`self_attn.q_proj`). weight: name of its weight parameter. bias: of its bias, or
-    None. shape: `(out, in)`. transposed: whether the parameter is `[in, out]`, as GPT-2's are.
+    name: module path in the block (`self_attn.q_proj`). weight: name of its weight, a parameter or a matrix of a
+    stack (`model.matrices`). bias: of its bias, or None. shape: `(out, in)`. transposed: whether the weight is
+    `[in, out]`, as GPT-2's are. expert: which of several like parts it is that each meet some of the tokens, or None.
     """
 
     name: str
@@ -22,6 +25,7 @@ class LinearView:
     bias: str | None
     shape: tuple[int, int]
     transposed: bool = False
+    expert: Expert | None = None
 
     def oriented(self, matrix: Tensor) -> Tensor:
         """The parameter as `[out, in]`, and what is `[out, in]` as the parameter: a view."""
@@ -30,11 +34,15 @@ class LinearView:
 
 @dataclass(frozen=True, slots=True)
 class LinearInput:
-    """One tensor that the listed linears read. `first` is the reader that is called first, where it is observed."""
+    """One tensor that the listed linears read. `first` is the reader that is called first, where it is observed.
+
+    expert: whose input it is, where that is not every token; inputs of one `expert.part` are picked from one tensor.
+    """
 
     first: str
     readers: tuple[str, ...]
     num_channels: int
+    expert: Expert | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,13 @@ class Fold:
         for channel_of in self.channel_of.values():
             found[channel_of[channel_of >= 0]] = True
         return found
+
+    def why_not_together(self, consumers: Sequence[str]) -> str | None:
+        """Why no one s can be searched for these of its consumers, or None: they read its channels in other orders."""
+        first, *others = (self.channel_of[name] for name in consumers)
+        if all(torch.equal(first, other) for other in others):
+            return None
+        return "its consumers read its channels in different orders, one s is searched for one"
 
     @property
     def label(self) -> str:
@@ -93,18 +108,30 @@ class BlockStructure:
     refusals: tuple[Refusal, ...]
     unwatched: tuple[str, ...]
     experts: tuple[int, ...] = ()
+    _views: Mapping[str, LinearView] = field(init=False, repr=False, compare=False)
+    _inputs: Mapping[str, LinearInput] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_views", {view.name: view for view in self.linears})
+        object.__setattr__(self, "_inputs", {name: entry for entry in self.inputs for name in entry.readers})
 
     def linear(self, name: str) -> LinearView:
         """The linear of that name."""
-        return next(view for view in self.linears if view.name == name)
+        return self._views[name]
 
-    def why_not_together(self, consumers: Sequence[str]) -> str | None:
-        """Why no one s can be searched for these linears, or None: they read different tensors."""
-        inputs = {self.input_of(name).first for name in consumers}
-        if len(inputs) < 2:
-            return None
-        return f"its consumers read {len(inputs)} different tensors, one s is searched for one"
+    def inputs_of(self, consumers: Sequence[str]) -> tuple[LinearInput, ...]:
+        """What these linears read, in order of data flow."""
+        wanted = {self._inputs[name].first for name in consumers}
+        return tuple(entry for entry in self.inputs if entry.first in wanted)
+
+    def inputs_of_experts(self) -> list[tuple[LinearInput, ...]]:
+        """The inputs of all experts' like parts together, in order of data flow."""
+        alike: dict[tuple[str, str], list[LinearInput]] = {}
+        for entry in self.inputs:
+            if entry.expert is not None:
+                alike.setdefault((entry.expert.experts, entry.expert.part), []).append(entry)
+        return [tuple(entries) for entries in alike.values()]
 
     def input_of(self, name: str) -> LinearInput:
         """The input that the linear of that name reads."""
-        return next(entry for entry in self.inputs if name in entry.readers)
+        return self._inputs[name]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,16 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def empty_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+def empty_model(config: Any, *, trust_remote_code: bool = False, experts_apart: bool = False) -> nn.Module:
     """The causal language model of `config` in eval mode, parameters on the meta device, buffers computed for real.
 
+    experts_apart: experts compute one after the other, each product a call of its own, where the model can do so.
     Raises ModelError where transformers has no decoder-only model for it, CheckpointError where it cannot build one.
     """
     _refuse_encoder_decoder(config)
+    if experts_apart:
+        config = deepcopy(config)
+        config._experts_implementation = "eager"
     try:
         try:
             return _build_empty(config, "sdpa", trust_remote_code)

@@ -9,7 +9,7 @@ Knows nothing of files, names or models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class QuantizedWeight:
 
     codes: Tensor
     grid: Grid
+
+    def rows(self, part: slice) -> QuantizedWeight:
+        """Some of its rows, as a weight of their own."""
+        grid = replace(self.grid, group_scale=self.grid.group_scale[part], group_zero=self.grid.group_zero[part])
+        return QuantizedWeight(self.codes[part], grid)
 
 
 def split_groups(weight: Tensor, group_size: int) -> Tensor:

@@ -8,6 +8,7 @@ products with a bfloat16 *output* are not positive definite any more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,16 +129,37 @@ def finished(statistics: Statistics) -> Statistics:
     return replace(statistics, gram=mirrored(Gram(statistics.weight_sum, statistics.gram)).gram)
 
 
-def merged(first: Statistics, second: Statistics) -> Statistics:
-    """Statistics of the tokens of both."""
+def pooled(parts: Sequence[Statistics]) -> Statistics:
+    """Statistics of the tokens of all parts, finished as they are; samples are taken evenly."""
+    gram = torch.zeros_like(parts[0].gram)
+    for part in parts:
+        gram += part.gram
+    each = -(-_SAMPLE_TOKENS // len(parts))
     return Statistics(
-        first.token_count + second.token_count,
-        first.weight_sum + second.weight_sum,
-        first.abs_sum + second.abs_sum,
-        torch.maximum(first.max_abs, second.max_abs),
-        torch.cat([first.sample, second.sample])[:_SAMPLE_TOKENS],
-        first.gram + second.gram,
+        sum(part.token_count for part in parts),
+        sum(part.weight_sum for part in parts),
+        torch.stack([part.abs_sum for part in parts]).sum(dim=0),
+        torch.stack([part.max_abs for part in parts]).amax(dim=0),
+        torch.cat([part.sample[:each] for part in parts])[:_SAMPLE_TOKENS],
+        gram,
     )
+
+
+def shrunk(statistics: Statistics, prior: Tensor, enough: int) -> Statistics:
+    """Finished statistics of few tokens drawn towards `prior`, an H `[in, in]`, by as much as tokens lack.
+
+        H' = λ H + (1 − λ) prior,   λ = min(1, tokens ÷ enough)
+
+    The sampling error of H is in proportion to √(channels ÷ tokens), so a share of the tokens asked for earns H the
+    same share of the say (linear shrinkage, Ledoit and Wolf 2004, with a fixed λ).
+    """
+    share = min(1.0, statistics.token_count / max(enough, 1))
+    if share == 1.0:
+        return statistics
+    weight_sum = statistics.weight_sum or 1.0
+    moment = share * second_moment(statistics) + (1.0 - share) * prior
+    abs_sum = statistics.abs_sum if statistics.token_count else prior.diagonal().sqrt()
+    return replace(statistics, weight_sum=weight_sum, abs_sum=abs_sum, gram=moment * weight_sum)
 
 
 def second_moment(summed: Statistics | Gram) -> Tensor:

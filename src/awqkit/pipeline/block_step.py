@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from awqkit.decisions import BlockDecision, FoldDecision, KeptDecision
+from awqkit.decisions import BlockDecision, FoldDecision, KeptDecision, LinearDecision
 from awqkit.methods.evidence import Evidence, propagated_evidence
 from awqkit.methods.linear import QuantizedLinear
 from awqkit.model.block_calls import run_block
@@ -39,10 +39,10 @@ from awqkit.pipeline.search_block import (
     Choice,
     EvidenceOf,
     Measured,
+    OriginalEvidences,
     choose,
     choose_plainly,
     metric_choices,
-    original_evidences,
     readers_of,
 )
 from awqkit.pipeline.sensitivity import measure_sensitivity
@@ -130,7 +130,8 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
     kept = None
     if any(recipe.propagates for recipe in recipes):
         rows, tokens = original.shape[:2]
-        kept = KeptInputs(context.structure.inputs, rows, tokens, context.device)
+        entries = [entry for entry in context.structure.inputs if entry.expert is None]
+        kept = KeptInputs(entries, rows, tokens, context.device)
     row_weights: Mapping[str, Tensor] = {}
     if gradients is not None:
         row_weights = measure_sensitivity(context, original, gradients.at(index))
@@ -159,12 +160,12 @@ def quantize_observed(
     block's output.
     """
     measured = observed.measured_for(context.recipe)
-    originals = original_evidences(context, measured)
+    originals = OriginalEvidences(context, measured)
     with ExitStack() as stack:
         rows, evidence_of = None, _on_the_original(originals)
         if quantized_stream is not None:
             rows = stack.enter_context(closing(StoppedRows(context, quantized_stream)))
-            evidence_of = _on_both_streams(context, observed, measured, rows, held_out)
+            evidence_of = _on_both_streams(context, observed, measured, originals, rows, held_out)
         stage("search")
         choice = choose(context, proofs.exact, measured, originals, evidence_of)
         refused, fallback, errors = proofs.refused, None, None
@@ -175,7 +176,7 @@ def quantize_observed(
         if rows is not None:
             stage("advance")
             rows.finish(choice.quantized)
-    return choice, _result(context, choice, refused, errors, fallback)
+    return choice, _result(context, choice, refused, errors, fallback, observed.statistics)
 
 
 def _better_held_out(
@@ -193,12 +194,29 @@ def _better_held_out(
     return choose_plainly(context, originals), undone, (plain, plain), fallback
 
 
+def _with_tokens(
+    context: BlockContext, name: str, decision: LinearDecision, statistics: Mapping[str, Statistics]
+) -> LinearDecision:
+    """Where the linear is an expert's: how many tokens met it, and why its choice is a guess where none did."""
+    entry = context.structure.input_of(name)
+    if entry.expert is None:
+        return decision
+    tokens = statistics[entry.first].token_count
+    reason = None if tokens else "no calibration token met this expert: rounded by what the others read"
+    return replace(decision, tokens=tokens, fallback=decision.fallback or reason)
+
+
 def _on_the_original(originals: Mapping[str, Evidence]) -> EvidenceOf:
     return lambda entry, quantized: originals[entry.first]
 
 
 def _on_both_streams(
-    context: BlockContext, observed: Observed, measured: Measured, rows: StoppedRows, held_out: Stream | None
+    context: BlockContext,
+    observed: Observed,
+    measured: Measured,
+    originals: Mapping[str, Evidence],
+    rows: StoppedRows,
+    held_out: Stream | None,
 ) -> EvidenceOf:
     """With propagation: the original's input as it was kept, and the one that the quantized stream reaches."""
     assert observed.kept is not None
@@ -206,6 +224,8 @@ def _on_both_streams(
     choices = metric_choices(context.recipe)
 
     def evidence(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Evidence:
+        if entry.expert is not None:
+            return originals[entry.first]  # which tokens meet an expert differs from stream to stream
         pairs = ((part, kept.at(entry.first, part), inputs, mask) for part, inputs, mask in rows.at(entry, quantized))
         paired, checked = observe_pair(entry, pairs, context.device, observed.token_weight), None
         if context.recipe.propagation == AUTO and held_out is not None and held_out.quantized is not None:
@@ -254,6 +274,7 @@ def _result(
     refused: Sequence[FoldDecision],
     errors: tuple[float, ...] | None = None,
     fallback: str | None = None,
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> BlockResult:
     stored = {name: value for entry in choice.folds for name, value in entry.stored.items()}
     for view in context.structure.linears:
@@ -271,7 +292,10 @@ def _result(
         index=context.index,
         path=context.block_plan.path,
         folds=(*(entry.decision for entry in choice.folds), *refused),
-        linears=tuple(linear.decision for linear in choice.quantized.values()),
+        linears=tuple(
+            linear.decision if statistics is None else _with_tokens(context, name, linear.decision, statistics)
+            for name, linear in choice.quantized.items()
+        ),
         kept=tuple(kept),
         held_out_error_nearest=None if errors is None else errors[0],
         held_out_error=None if errors is None else errors[1],

@@ -321,6 +321,10 @@ def _as_tuned(
 ) -> Iterator[TunableBlock]:
     """The blocks with what moved rounded as it is stored; what did not move is as it was."""
     for block, (weights, gains) in zip(blocks, moved, strict=True):
-        linears = {name: TunableLinear(weight, block.linears[name].view, "groups") for name, weight in weights.items()}
+        linears = {
+            name: TunableLinear(weights[view.name], "groups", transposed=view.transposed)
+            for name, view in block.views.items()
+            if view.name in weights
+        }
         vectors = {name: TunableGain.of(value, is_offset=False) for name, value in gains.items()}
-        yield TunableBlock(block.module, {**block.linears, **linears}, {**block.gains, **vectors}, block.fixed)
+        yield replace(block, linears={**block.linears, **linears}, gains={**block.gains, **vectors})

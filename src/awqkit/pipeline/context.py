@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from awqkit.model.matrices import matrix_of
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
 from awqkit.pipeline.activations import HiddenStates
@@ -67,7 +68,7 @@ class BlockContext:
     def weight(self, linear: str) -> Tensor:
         """The original float32 weight `[out, in]` of a linear."""
         view = self.structure.linear(linear)
-        return view.oriented(self.parameters[view.weight])
+        return view.oriented(matrix_of(self.parameters, view.weight))
 
     @property
     def oriented(self) -> dict[str, Tensor]:

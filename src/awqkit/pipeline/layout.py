@@ -11,7 +11,7 @@ from awqkit.checkpoint.reader import Checkpoint
 from awqkit.formats.format import Format
 from awqkit.formats.scheme import Scheme
 from awqkit.model.skeleton import Skeleton
-from awqkit.pipeline.plan import RunPlan
+from awqkit.pipeline.plan import BlockPlan, RunPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,14 @@ class OutputLayout:
     dropped: dict[str, str]
 
 
+def packed_parts(skeleton: Skeleton, block: BlockPlan, linear: str) -> dict[str, slice]:
+    """The weights on disk that a linear is written as, each with its rows of it."""
+    view = block.structure.linear(linear)
+    parts = skeleton.matrix_parts(f"{block.path}.{view.weight}", transposed=view.transposed)
+    assert parts is not None
+    return parts
+
+
 def plan_output(
     checkpoint: Checkpoint, skeleton: Skeleton, plan: RunPlan, written: Format, scheme: Scheme
 ) -> OutputLayout:
@@ -38,9 +46,8 @@ def plan_output(
     for block in plan.blocks:
         for name, linear in block.linears.items():
             if linear.keep is None:
-                disk = skeleton.disk_name(f"{block.path}.{block.structure.linear(name).weight}")
-                assert disk is not None
-                shapes[disk] = linear.shape
+                for disk, rows in packed_parts(skeleton, block, name).items():
+                    shapes[disk] = (len(range(*rows.indices(linear.shape[0]))), linear.shape[1])
     parameters, duplicates = skeleton.parameters_on_disk(), skeleton.tied_duplicates()
     specs: list[TensorSpec] = []
     packed, kept, dropped = {}, {}, {}

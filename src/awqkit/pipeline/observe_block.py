@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from awqkit.decisions import FoldDecision
 from awqkit.errors import CheckpointError
 from awqkit.model.block_calls import run_block
-from awqkit.model.folds import PROOF_TOLERANCE, prove
+from awqkit.model.folds import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.observe import LinearWatch
+from awqkit.model.routing import PickedRows, run_with_all_experts
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.statistics import (
     PairedStatistics,
@@ -25,6 +27,7 @@ from awqkit.numerics.statistics import (
 )
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
+from awqkit.pipeline.expert_tokens import MetTokens, of_tokens, usual_of_experts, with_few_tokens_shrunk
 from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.plan import Probe
 
@@ -57,25 +60,30 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
         FoldDecision(refusal.label, "none", refusal.consumers, 0, None, fallback=refusal.reason)
         for refusal in context.structure.refusals
     ]
-    for fold in context.structure.folds:
-        if all(context.kept(name) for name in fold.consumers):
-            continue  # nothing that s could help
-        reason = context.structure.why_not_together([name for name in fold.consumers if not context.kept(name)])
-        if reason is not None:
-            refused.append(
-                FoldDecision(fold.label, fold.kind, fold.consumers, fold.num_channels, None, fallback=reason)
-            )
-            continue
+    for group in proved_together(context.structure):
+        asked = []
+        for fold in group:
+            consumers = [name for name in fold.consumers if not context.kept(name)]
+            if not consumers:
+                continue  # nothing that s could help
+            reason = fold.why_not_together(consumers)
+            if reason is None:
+                asked.append(fold)
+            else:
+                refused.append(_refused(fold, None, reason))
         with torch.no_grad():
-            error = prove(context.block, run, probe.hidden, context.structure, fold)
-        if error <= PROOF_TOLERANCE:
-            proved.append((fold, error))
-        else:
-            reason = f"not exact in this block: its output changes by {error:.1e} under powers of two"
-            refused.append(
-                FoldDecision(fold.label, fold.kind, fold.consumers, fold.num_channels, error, fallback=reason)
-            )
+            errors = proof_errors(context.block, run, probe.hidden, context.structure, asked) if asked else ()
+        for fold, error in zip(asked, errors, strict=True):
+            if error <= PROOF_TOLERANCE:
+                proved.append((fold, error))
+            else:
+                reason = f"not exact in this block: its output changes by {error:.1e} under powers of two"
+                refused.append(_refused(fold, error, reason))
     return proved, refused
+
+
+def _refused(fold: Fold, error: float | None, reason: str) -> FoldDecision:
+    return FoldDecision(fold.label, fold.kind, fold.consumers, fold.num_channels, error, fallback=reason)
 
 
 def _with_real_states(context: BlockContext, rows: HiddenStates) -> Probe:
@@ -115,7 +123,13 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
             if felt is not None:
                 squares[view.name] += felt.square().reshape(-1, view.shape[0]).mean(dim=0)
         probe_rows.write(part, result.detach())
-    return {name: square if bool(square.any()) else torch.ones_like(square) for name, square in squares.items()}
+    unfelt = {view.name for view in views if not bool(squares[view.name].any())}
+    usual = usual_of_experts([view for view in views if view.name not in unfelt], squares)
+    for view in views:
+        if view.name in unfelt:
+            key = (view.expert.experts, view.expert.part) if view.expert else None
+            squares[view.name] = torch.full_like(squares[view.name], usual.get(key, 1.0))
+    return squares
 
 
 def observe(
@@ -123,25 +137,59 @@ def observe(
 ) -> dict[str, Statistics]:
     """Statistics of every linear input, by its first reader; the rows move on to the block's output.
 
-    token_weight: `[rows, tokens]`, see `numerics.statistics`. kept: filled with the inputs themselves, if given.
+    token_weight: `[rows, tokens]`, see `numerics.statistics`. kept: filled with the inputs themselves, if given, but
+    for those of experts. An expert whose tokens cannot be told from one another counts padding as well.
     """
-    by_weight = {context.structure.linear(entry.first).weight: entry for entry in context.structure.inputs}
-    found = {entry.first: empty_statistics(entry.num_channels, context.device) for entry in context.structure.inputs}
-    watched = {name: context.weight(entry.first) for name, entry in by_weight.items()}
+    structure = context.structure
+    observer = _Observer(context, kept)
+    experts = {entry.first for entry in structure.inputs if entry.expert is not None}
+    in_turn = experts if context.recipe.all_experts else set()
     for part, hidden, call, mask in rows.batches(context.index):
-        weight = _weights_of(token_weight, part, hidden)
+        run, weight = partial(run_block, context.block, hidden, call), _weights_of(token_weight, part, hidden)
+        output = observer.see(run, part, mask, weight, leave_out=in_turn)
+        if in_turn:
+            others = {entry.first for entry in structure.inputs} - in_turn
+            see = partial(observer.see, run, part, mask, weight, leave_out=others)
+            run_with_all_experts(see, structure.experts)
+        rows.write(part, output)
+    return with_few_tokens_shrunk(structure, {first: finished(seen) for first, seen in observer.found.items()})
 
-        def before(
-            name: str, inputs: Tensor, part: slice = part, mask: Tensor | None = mask, weight: Tensor | None = weight
-        ) -> None:
-            first = by_weight[name].first
-            found[first] = accumulate_(found[first], inputs, mask, weight)
-            if kept is not None:
-                kept.keep(first, part, inputs)
 
-        with torch.no_grad(), LinearWatch(watched, before=before):
-            rows.write(part, run_block(context.block, hidden, call))
-    return {first: finished(statistics) for first, statistics in found.items()}
+class _Observer:
+    """Statistics as they grow, by first reader."""
+
+    def __init__(self, context: BlockContext, kept: KeptInputs | None) -> None:
+        entries = context.structure.inputs
+        self.found = {entry.first: empty_statistics(entry.num_channels, context.device) for entry in entries}
+        self._kept = kept
+        self._by_weight = {context.structure.linear(entry.first).weight: entry for entry in entries}
+        self._watched = {name: context.weight(entry.first) for name, entry in self._by_weight.items()}
+
+    def see(
+        self,
+        run: Callable[[], Tensor],
+        part: slice,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        *,
+        leave_out: Collection[str],
+    ) -> Tensor:
+        """Add what the linears read in one run of the block on some rows, and return its output."""
+        picked, met = PickedRows(), MetTokens()
+
+        def before(name: str, inputs: Tensor) -> None:
+            entry, counted = self._by_weight[name], (mask, weight)
+            if entry.first in leave_out:
+                return
+            if entry.expert is not None:
+                numbers = met.of(entry.expert, picked.rows_of(inputs), inputs)
+                counted = tuple(of_tokens(each, numbers) for each in counted)
+            elif self._kept is not None:
+                self._kept.keep(entry.first, part, inputs)
+            self.found[entry.first] = accumulate_(self.found[entry.first], inputs, *counted)
+
+        with torch.no_grad(), picked, LinearWatch(self._watched, before=before):
+            return run()
 
 
 def observe_pair(

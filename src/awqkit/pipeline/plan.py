@@ -5,7 +5,7 @@ Whatever can be refused is refused here, before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from awqkit.model.block_calls import BlockCall, run_block
 from awqkit.model.causality import sees_later_tokens
 from awqkit.model.folds import discover
 from awqkit.model.skeleton import Skeleton
-from awqkit.model.structure import BlockStructure
+from awqkit.model.structure import BlockStructure, LinearView
 from awqkit.recipe import DEFAULT_GROUP_SIZES, PER_CHANNEL, Recipe
 
 _CHOOSES = "weighs or chooses experts, as many outputs as there are of them: stays in full precision"
@@ -152,23 +152,24 @@ def plan_linears(
     wanted = {name: shape for name, shape in shapes.items() if not recipe.ignores(name)}
     group_size = choose_group_size(recipe.group_size, wanted)
     reasons = {name: "matches --ignore" for name in shapes if name not in wanted}
-    for path, view in views:
-        if view.weight != f"{view.name}.weight":
-            reasons.setdefault(
-                f"{path}.{view.name}", "a parameter of its own, not the weight of a module: no reader would find it"
-            )
+    held_by: dict[str, str] = {}  # path on disk -> the linear
     for index, structure in enumerate(structures):
+        path = skeleton.block_path(index)
         for view in structure.linears:
-            if view.shape[0] == 1 or view.shape[0] in structure.experts:
-                name = f"{skeleton.block_path(index)}.{view.name}"
+            name = f"{path}.{view.name}"
+            if view.expert is None and (view.shape[0] == 1 or view.shape[0] in structure.experts):
                 reasons.setdefault(name, _CHOOSES)
-    for name, (rows, columns) in wanted.items():
-        reason = why_not_held(rows, columns, group_size)
-        if reason is not None:
-            reasons.setdefault(name, reason)
-        elif skeleton.disk_name(f"{name}.weight") is None and len(skeleton.disk_names(f"{name}.weight")) > 1:
-            reasons[name] = f"{len(skeleton.disk_names(f'{name}.weight'))} tensors on disk, one in the model"
-    for partners in fused_partners(list(shapes)):
+            parts = skeleton.matrix_parts(f"{path}.{view.weight}", transposed=view.transposed)
+            reason = _why_not_on_disk(view, parts)
+            for disk, rows in (parts or {}).items():
+                held_by[disk.removesuffix(".weight")] = name
+                num_rows = len(range(*rows.indices(view.shape[0])))
+                reason = reason or why_not_held(num_rows, view.shape[1], group_size)
+            if reason is not None:
+                reasons.setdefault(name, reason)
+            held_by.setdefault(name, name)
+    for paths in fused_partners(list(held_by)):
+        partners = dict.fromkeys(held_by[each] for each in paths)
         kept = next((name for name in partners if name in reasons), None)
         if kept is not None:
             for name in partners:
@@ -200,6 +201,17 @@ def plan_linears(
             plans[view.name] = replace(general, name=name, shape=view.shape, group_size=columns, keep=reasons.get(name))
         blocks.append(BlockPlan(index, path, structure, plans))
     return RunPlan(tuple(blocks), found.probe, group_size, stored_dtype)
+
+
+def _why_not_on_disk(view: LinearView, parts: Mapping[str, slice] | None) -> str | None:
+    """Why a linear cannot be written as one or several of its own, or None. parts: see `Skeleton.matrix_parts`."""
+    if parts is None:
+        return "several matrices in one tensor on disk, no reader takes those in few bits: stays in full precision"
+    if not all(disk.endswith(".weight") for disk in parts):
+        return "a parameter of its own, not the weight of a module: no reader would find it"
+    if view.expert is None and len(parts) > 1:
+        return f"{len(parts)} tensors on disk, one in the model"
+    return None
 
 
 def choose_group_size(asked: int | None, shapes: dict[str, tuple[int, int]]) -> int:

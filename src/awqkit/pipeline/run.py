@@ -14,13 +14,14 @@ from awqkit.decisions import BlockDecision, TuningDecision
 from awqkit.errors import CheckpointError
 from awqkit.events import BlockFinished, Emit, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.formats.format import Format
+from awqkit.model.matrices import with_stacks_whole
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
 from awqkit.pipeline.context import BlockContext, Streams
-from awqkit.pipeline.layout import OutputLayout
-from awqkit.pipeline.plan import RunPlan
+from awqkit.pipeline.layout import OutputLayout, packed_parts
+from awqkit.pipeline.plan import BlockPlan, RunPlan
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
 from awqkit.pipeline.tunable_block import TunableBlock
@@ -131,24 +132,33 @@ def _one_block(
 
 def _write(job: Run, context: BlockContext, result: BlockResult, writer: CheckpointWriter) -> None:
     """Pack the quantized linears of a block and write its other tensors in the dtype that the layout says."""
-    quantized = {context.structure.linear(name).weight: weight for name, weight in result.quantized.items()}
-    tensors = [*context.parameters, *(name for name, _ in context.block.named_buffers())]
-    for name in tensors:
-        full = f"{context.block_plan.path}.{name}"
-        names = [disk for disk in job.skeleton.disk_names(full) if disk not in job.layout.dropped]
-        if name in quantized and names:
-            packed = job.written.pack(
-                job.layout.packed[names[0]], quantized[name], job.layout.scheme, job.plan.stored_dtype
-            )
-            for part, tensor in packed.items():
-                writer.write(part, tensor.cpu())
-        elif name in result.stored:
-            for disk, value in job.skeleton.parts(full, result.stored[name]).items():
-                if disk in names:
-                    writer.write(disk, value.to(job.layout.kept[disk]).cpu())
-        else:
-            for disk in names:
+    path = context.block_plan.path
+    for part, tensor in _packed(job, context.block_plan, result.quantized):
+        writer.write(part, tensor)
+    stored = {
+        disk: value
+        for name, changed in with_stacks_whole(context.parameters, result.stored).items()
+        for disk, value in job.skeleton.parts(f"{path}.{name}", changed).items()
+    }
+    for name in [*context.parameters, *(name for name, _ in context.block.named_buffers())]:
+        for disk in job.skeleton.disk_names(f"{path}.{name}"):
+            if disk in job.layout.packed or disk in job.layout.dropped:
+                continue
+            if disk in stored:
+                writer.write(disk, stored[disk].to(job.layout.kept[disk]).cpu())
+            else:
                 _copy(job, disk, writer)
+
+
+def _packed(job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name on disk and tensor of all that linears, by name inside the block, are packed into."""
+    for name, weight in quantized.items():
+        for disk, rows in packed_parts(job.skeleton, block, name).items():
+            if disk in job.layout.packed:
+                packed = job.written.pack(
+                    job.layout.packed[disk], weight.rows(rows), job.layout.scheme, job.plan.stored_dtype
+                )
+                yield from ((part, tensor.cpu()) for part, tensor in packed.items())
 
 
 def _rewrite(
@@ -158,15 +168,12 @@ def _rewrite(
     gains: Mapping[str, torch.Tensor],
     writer: CheckpointWriter,
 ) -> None:
-    """Put what tuning moved in the place of what was written; both by parameter name inside the block."""
-    path = job.plan.blocks[index].path
-    for name, weight in linears.items():
-        disk = job.skeleton.disk_name(f"{path}.{name}")
-        packed = job.written.pack(job.layout.packed[disk], weight, job.layout.scheme, job.plan.stored_dtype)
-        for part, tensor in packed.items():
-            writer.rewrite(part, tensor.cpu())
+    """Put what tuning moved in the place of what was written: linears by name, gains by parameter, in the block."""
+    block = job.plan.blocks[index]
+    for part, tensor in _packed(job, block, linears):
+        writer.rewrite(part, tensor)
     for name, value in gains.items():
-        disk = job.skeleton.disk_name(f"{path}.{name}")
+        disk = job.skeleton.disk_name(f"{block.path}.{name}")
         writer.rewrite(disk, value.to(job.layout.kept[disk]).cpu())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,8 +23,9 @@ from awqkit.methods.rows import sensitive_rounder
 from awqkit.model.producers import store_producer
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.scale_summary import scale_summary
-from awqkit.numerics.statistics import Statistics
+from awqkit.numerics.statistics import Statistics, pooled, second_moment
 from awqkit.pipeline.context import BlockContext
+from awqkit.pipeline.expert_tokens import share_of_tokens
 from awqkit.recipe import Recipe
 
 
@@ -81,14 +82,28 @@ def choose_plainly(context: BlockContext, evidence: Mapping[str, Evidence]) -> C
     return Choice(scaled, quantized, ())
 
 
-def original_evidences(context: BlockContext, measured: Measured) -> dict[str, Evidence]:
-    """Evidence of every input on the original stream, by its first reader."""
-    choices = metric_choices(context.recipe) if context.plan.linears[0].needs_factor else None
-    return {
-        entry.first: original_evidence(measured.statistics[entry.first], readers_of(context, entry, measured), choices)
-        for entry in context.structure.inputs
-        if quantized_readers(context, entry)
-    }
+class OriginalEvidences(Mapping[str, Evidence]):
+    """Evidence of every input on the original stream, by its first reader; an expert's is made when it is asked for."""
+
+    def __init__(self, context: BlockContext, measured: Measured) -> None:
+        self._context, self._measured = context, measured
+        self._choices = metric_choices(context.recipe) if context.plan.linears[0].needs_factor else None
+        entries = [entry for entry in context.structure.inputs if quantized_readers(context, entry)]
+        self._entries = {entry.first: entry for entry in entries}
+        self._made = {entry.first: self._make(entry) for entry in entries if entry.expert is None}
+
+    def __getitem__(self, first: str) -> Evidence:
+        return self._made[first] if first in self._made else self._make(self._entries[first])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _make(self, entry: LinearInput) -> Evidence:
+        readers = readers_of(self._context, entry, self._measured)
+        return original_evidence(self._measured.statistics[entry.first], readers, self._choices)
 
 
 def choose(
@@ -107,28 +122,38 @@ def choose(
     entries = [entry for entry in context.structure.inputs if quantized_readers(context, entry)]
     quantized: dict[str, QuantizedLinear] = {}
     targets: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}  # of inputs that are not an expert's, as their readers met them
     position, evidence = 0, None
     while position < len(entries):
         entry = entries[position]
         evidence = evidence_of(entry, quantized) if evidence is None else evidence
+        if entry.expert is None:
+            moments[entry.first] = evidence.moment
         names = quantized_readers(context, entry)
         targets.update({name: evidence.target(context.weight(name)) for name in names})
-        scaled = _scaled_weights(context, applied, targets)
-        for name in names:
-            quantized[name] = _quantize(context, scaled[name], evidence, measured, name)
-        harmed = _check_folds(context, applied, entry, quantized, scaled, evidence, measured)
+        for name, scaled in _scaled_weights(context, applied, targets, names).items():
+            quantized[name] = _quantize(context, scaled, evidence, measured, name)
+        harmed = _check_folds(context, applied, entry, quantized, targets, moments, measured)
         if harmed is None:
             position, evidence = position + 1, None
             continue
-        producer = applied[harmed].fold.producer_linear  # its rows were on their way divided by s
-        again = entry if producer is None or context.kept(producer) else context.structure.input_of(producer)
+        again = _first_in_use(context, applied[harmed].fold)
         evidence = evidence if again is entry else None
         position = entries.index(again)
         for later in entries[position:]:
             for name in quantized_readers(context, later):
                 quantized.pop(name, None)
                 targets.pop(name, None)
-    return Choice(_scaled_weights(context, applied, targets), quantized, tuple(applied))
+    every = [view.name for view in context.structure.linears]
+    return Choice(_scaled_weights(context, applied, targets, every), quantized, tuple(applied))
+
+
+def _first_in_use(context: BlockContext, fold: Fold) -> LinearInput:
+    """The first input whose readers a fold's s changes: those of its consumers, or of its producer, divided by s."""
+    consumers = [name for name in fold.consumers if not context.kept(name)]
+    producer = fold.producer_linear
+    changed = consumers if producer is None or context.kept(producer) else [*consumers, producer]
+    return context.structure.inputs_of(changed)[0]
 
 
 def _quantize(
@@ -150,26 +175,29 @@ def _check_folds(
     applied: list[AppliedFold],
     entry: LinearInput,
     quantized: Mapping[str, QuantizedLinear],
-    scaled: Mapping[str, ScaledWeight],
-    evidence: Evidence,
+    targets: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
     measured: Measured,
 ) -> int | None:
-    """Put the consumers' errors into the Decisions of the folds that feed `entry`; undo the first that did harm.
-
-    Returns the position in `applied` of the fold that was undone, or None.
+    """Put the consumers' errors into the Decisions of the folds that `entry` is the last to read; undo the first that
+    did harm. Returns the position in `applied` of the fold that was undone, or None.
     """
     for position, applied_fold in enumerate(applied):
         consumers = [name for name in applied_fold.fold.consumers if not context.kept(name)]
-        if not applied_fold.in_use or consumers[0] not in entry.readers:
+        if not applied_fold.in_use or entry is not context.structure.inputs_of(consumers)[-1]:
             continue
-        weights = [measured.row_weights[name] for name in consumers]
+        scaled = _scaled_weights(context, applied, targets, consumers)
+        weights = row_weights_of(context, consumers, measured)
+        inputs = [context.structure.input_of(name).first for name in consumers]
         plain, chosen = fold_errors(
-            [quantized[name] for name in consumers], [scaled[name] for name in consumers], weights, evidence.moment
+            [quantized[name] for name in consumers],
+            list(scaled.values()),
+            weights,
+            [moments[each] if each in moments else second_moment(measured.statistics[each]) for each in inputs],
         )
         if context.recipe.activations != "none":
-            added = smoothing_errors(
-                [scaled[name] for name in consumers], weights, measured.statistics[entry.first].sample
-            )
+            samples = [measured.statistics[each].sample for each in inputs]
+            added = smoothing_errors(list(scaled.values()), weights, samples)
             plain, chosen = plain + added[0], chosen + added[1]
         decision = replace(applied_fold.decision, error_nearest=plain, error_chosen=chosen)
         if chosen > plain:
@@ -188,12 +216,19 @@ def _search(
     originals: Mapping[str, Evidence],
 ) -> AppliedFold:
     consumers = [name for name in fold.consumers if not context.kept(name)]
-    first = context.structure.input_of(consumers[0]).first
-    recipe = context.recipe
+    entries = context.structure.inputs_of(consumers)
+    recipe, statistics = context.recipe, measured.statistics[entries[0].first]
+    readers = _readers(context, consumers, measured)
+    evidence = originals[entries[0].first] if len(entries) == 1 else None
+    if evidence is None:  # one s for what several tensors are made of: all their tokens, as often as they are read
+        statistics = pooled([measured.statistics[entry.first] for entry in entries])
+        readers = replace(readers, row_weights=tuple(row_weights_of(context, consumers, measured)))
+        choices = metric_choices(recipe) if context.plan.linears[0].needs_factor else None
+        evidence = original_evidence(statistics, readers, choices)
     found = search_channel_scale(
-        _readers(context, consumers, measured),
-        measured.statistics[first],
-        originals[first],
+        readers,
+        statistics,
+        evidence,
         Tied(fold.channel_of[consumers[0]], fold.num_channels),
         context.block_plan.linears[consumers[0]],
         ScaleChoices(
@@ -219,18 +254,19 @@ def _undone(context: BlockContext, entry: AppliedFold, decision: FoldDecision) -
 
 
 def _scaled_weights(
-    context: BlockContext, applied: Sequence[AppliedFold], targets: Mapping[str, Tensor]
+    context: BlockContext, applied: Sequence[AppliedFold], targets: Mapping[str, Tensor], names: Sequence[str]
 ) -> dict[str, ScaledWeight]:
+    """The linears named on their way to the quantizer, with the s of every fold, in the order of the names."""
     scaled = {}
-    for view in context.structure.linears:
-        unscaled = ScaledWeight.unscaled(context.weight(view.name))
-        scaled[view.name] = replace(unscaled, target=targets.get(view.name, unscaled.original))
+    for name in names:
+        unscaled = ScaledWeight.unscaled(context.weight(name))
+        scaled[name] = replace(unscaled, target=targets.get(name, unscaled.original))
     for entry in applied:
-        for name in entry.fold.consumers:
+        for name in entry.fold.channel_of.keys() & scaled.keys():
             scale = consumer_scale(entry.channel_scale, entry.fold.channel_of[name])
             scaled[name] = replace(scaled[name], channel_scale=scaled[name].channel_scale * scale)
         producer = entry.fold.producer_linear
-        if producer is not None:
+        if producer in scaled:
             scaled[producer] = replace(scaled[producer], row_scale=scaled[producer].row_scale * entry.channel_scale)
     return scaled
 
@@ -248,6 +284,12 @@ def quantized_readers(context: BlockContext, entry: LinearInput) -> list[str]:
 def readers_of(context: BlockContext, entry: LinearInput, measured: Measured) -> Readers:
     """The quantized readers of an input."""
     return _readers(context, quantized_readers(context, entry), measured)
+
+
+def row_weights_of(context: BlockContext, names: Sequence[str], measured: Measured) -> list[Tensor]:
+    """What errors in the rows of these linears cost side by side: an expert's as much less as it meets fewer tokens."""
+    shares = [share_of_tokens(context.structure.input_of(name), measured.statistics) for name in names]
+    return [measured.row_weights[name] * share for name, share in zip(names, shares, strict=True)]
 
 
 def _readers(context: BlockContext, names: Sequence[str], measured: Measured) -> Readers:

@@ -12,18 +12,21 @@ from torch.utils.checkpoint import checkpoint
 
 from awqkit.methods.tuning import TunableGain, TunableLinear
 from awqkit.model.block_calls import BlockCall
+from awqkit.model.matrices import matrix_of, stack_and_index
 from awqkit.model.observe import LinearWatch
+from awqkit.model.structure import LinearView
 
 
 @dataclass(frozen=True, slots=True)
 class TunableBlock:
     """One block as it was quantized, with what may still move.
 
-    module: the block, whose own parameters are not looked at. linears, gains: by parameter name. fixed: every other
-    parameter and buffer by name, as stored.
+    module: the block, whose own parameters are not looked at. views, linears: by the name of the weight. gains: by
+    parameter name. fixed: every other parameter and buffer by name, as stored; a matrix of a stack by its own.
     """
 
     module: nn.Module
+    views: Mapping[str, LinearView]
     linears: Mapping[str, TunableLinear]
     gains: Mapping[str, TunableGain]
     fixed: Mapping[str, Tensor]
@@ -35,13 +38,17 @@ class TunableBlock:
         return self._run(hidden, call)
 
     def _run(self, hidden: Tensor, call: BlockCall) -> Tensor:
-        weights = {name: linear.weight() for name, linear in self.linears.items()}
+        weights = _stacked({name: linear.weight() for name, linear in self.linears.items()}, self.fixed)
         tensors = {**self.fixed, **weights, **{name: gain.vector() for name, gain in self.gains.items()}}
-        watched = {name: linear.view.oriented(weights[name]) for name, linear in self.linears.items() if linear.per_row}
+        watched = {
+            name: self.views[name].oriented(matrix_of(weights, name))
+            for name, linear in self.linears.items()
+            if linear.per_row
+        }
 
         def scaled(name: str, outputs: Tensor) -> Tensor:
-            linear = self.linears[name]
-            return linear.scaled(outputs, None if linear.view.bias is None else tensors[linear.view.bias])
+            bias = self.views[name].bias
+            return self.linears[name].scaled(outputs, None if bias is None else tensors[bias])
 
         with LinearWatch(watched, after=scaled):
             outputs = functional_call(self.module, tensors, (hidden, *call.args), dict(call.kwargs))
@@ -51,6 +58,17 @@ class TunableBlock:
     def leaves(self) -> list[Tensor]:
         """Everything that a gradient step moves."""
         return [each.log_change for each in (*self.linears.values(), *self.gains.values())]
+
+
+def _stacked(weights: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that weights are or lie in; `fixed` has the matrices of a stack that are not among them."""
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, weight in {**fixed, **weights}.items():
+        found = stack_and_index(name)
+        if found is not None:
+            stacks.setdefault(found[0], {})[found[1]] = weight
+    whole = {name: weight for name, weight in weights.items() if stack_and_index(name) is None}
+    return whole | {name: torch.stack([parts[index] for index in range(len(parts))]) for name, parts in stacks.items()}
 
 
 def kept_bytes(block: TunableBlock, hidden: Tensor, call: BlockCall) -> int:

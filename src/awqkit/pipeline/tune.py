@@ -28,16 +28,15 @@ _SHARE_OF_FREE = 0.5  # of the free memory, for what the gradients of a step nee
 
 @dataclass(frozen=True, slots=True)
 class Stepping:
-    """tokens_per_step: of a step's rows. learning_rate: of log factors. token_stride: the loss takes every so many."""
+    """tokens_per_step: of a step's rows. learning_rate: of log factors."""
 
     tokens_per_step: int
     learning_rate: float
-    token_stride: int
 
 
 STEPPING = {
-    "groups": Stepping(4096, 1e-3, 1),  # 3e-3 was worse at 4 bits (docs/log.md)
-    "rows": Stepping(2048, 1.5e-3, 2),
+    "groups": Stepping(4096, 1e-3),  # 3e-3 was worse at 4 bits (docs/log.md)
+    "rows": Stepping(2048, 1.5e-3),
 }
 
 
@@ -80,8 +79,7 @@ def tune(
         for done, position in enumerate(visits):
             for group in optimizer.param_groups:
                 group["lr"] = stepping.learning_rate * _schedule(done, len(visits))
-            tokens = slice(done % stepping.token_stride, None, stepping.token_stride)
-            _backward(head, blocks, calibration, position, tokens, recompute)
+            _backward(head, blocks, calibration, position, recompute)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step(done + 1, len(visits))
@@ -118,17 +116,15 @@ def _schedule(done: int, total: int) -> float:
 Head = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _backward(
-    head: Head, blocks: Sequence[TunableBlock], rows: TuningRows, position: int, tokens: slice, recompute: bool
-) -> None:
+def _backward(head: Head, blocks: Sequence[TunableBlock], rows: TuningRows, position: int, recompute: bool) -> None:
     """Add the gradients of one batch's mean KL to the leaves."""
     with torch.enable_grad():
         part, hidden, mask = _through(blocks, rows, position, recompute)
     goal = rows.last.rows_of(part)
     ids = rows.rows.ids[part].to(hidden.device)
-    gradient = torch.zeros_like(hidden)
+    gradient = torch.empty_like(hidden)
     for row in range(len(hidden)):  # row by row: logits are the largest tensors there are
-        one = (slice(row, row + 1), tokens)
+        one = slice(row, row + 1)
         leaf = hidden[one].detach().requires_grad_(True)
         with torch.enable_grad():
             _row_kl(head, ids[one], goal[one], leaf, None if mask is None else mask[one]).mean().backward()

@@ -11,6 +11,7 @@ from torch import Tensor
 from awqkit.decisions import TuningDecision
 from awqkit.events import Emit, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.methods.tuning import TunableGain, TunableLinear
+from awqkit.model.matrices import parameter_of
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
 from awqkit.numerics.grid import QuantizedWeight
@@ -48,17 +49,20 @@ def start_tuning(
 def tunable_block(context: BlockContext, result: BlockResult) -> TunableBlock:
     """A block as it was just quantized, on its device, holding nothing of the original's linear weights."""
     structure = context.structure
-    views = {name: structure.linear(name) for name in result.quantized}
+    views = {structure.linear(name).weight: structure.linear(name) for name in result.quantized}
     linears = {
-        views[name].weight: TunableLinear(weight, views[name], context.recipe.tuning)
-        for name, weight in result.quantized.items()
+        name: TunableLinear(result.quantized[view.name], context.recipe.tuning, transposed=view.transposed)
+        for name, view in views.items()
     }
     stored = {**context.parameters, **dict(context.block.named_buffers()), **result.stored}
+    for stack in {parameter_of(name) for name in (*linears, *result.stored) if parameter_of(name) != name}:
+        matrices = stored.pop(stack)  # each by its own name from here on
+        stored = {**{f"{stack}[{index}]": matrix for index, matrix in enumerate(matrices)}, **stored}
     gains = {
         name: TunableGain.of(stored[name], is_offset=is_offset) for name, is_offset in _gain_vectors(structure).items()
     }
     fixed = {name: value for name, value in stored.items() if name not in linears and name not in gains}
-    return TunableBlock(context.block, linears, gains, fixed)
+    return TunableBlock(context.block, views, linears, gains, fixed)
 
 
 def _gain_vectors(structure: BlockStructure) -> Mapping[str, bool]:
@@ -81,7 +85,7 @@ def finish_tuning(
     blocks: Sequence[TunableBlock],
     emit: Emit,
 ) -> tuple[TuningDecision, list[tuple[Mapping[str, QuantizedWeight], Mapping[str, Tensor]]]]:
-    """Tune, and return per block the moved linears and gains by parameter name (nothing where it was no help).
+    """Tune, and return per block the moved linears by name and gains by parameter name (nothing where it was no help).
 
     streams: at the last block's output.
     """
@@ -112,7 +116,7 @@ def finish_tuning(
         return TuningDecision(recipe.tuning_epochs, before, after, fallback), [({}, {}) for _ in blocks]
     moved = [
         (
-            {name: linear.finished(stored_dtype) for name, linear in block.linears.items()},
+            {block.views[name].name: linear.finished(stored_dtype) for name, linear in block.linears.items()},
             {name: gain.finished(stored_dtype) for name, gain in block.gains.items()},
         )
         for block in blocks

@@ -10,6 +10,7 @@ from awqkit.report.figures import data_size, number, percent
 from awqkit.report.page import Fact, Heading, page
 from awqkit.report.run_sections import (
     error_section,
+    experts_section,
     ratio_section,
     saliency_section,
     scale_section,
@@ -36,7 +37,7 @@ def render_html(report: Json | None, timings: Mapping[str, Any] | None, comparis
 def _run_sections(report: Json, timings: Mapping[str, Any] | None) -> list[Section]:
     found: list[Section | None] = []
     if any(block["linears"] for block in report["blocks"]):
-        found += [error_section(report), ratio_section(report)]
+        found += [error_section(report), experts_section(report), ratio_section(report)]
     found += [scale_section(report), search_section(report), saliency_section(report)]
     if timings is not None and timings.get("stages"):
         found.append(time_section(timings))

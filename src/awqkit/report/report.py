@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from awqkit.decisions import BlockDecision, CalibrationSummary, FoldDecision, TuningDecision, as_json
+from awqkit.decisions import ENOUGH_TOKENS, BlockDecision, CalibrationSummary, FoldDecision, TuningDecision, as_json
 from awqkit.recipe import PER_CHANNEL, Recipe
 
 SCHEMA = 1
@@ -112,6 +112,7 @@ class Report:
         if self.folds:
             used = [fold for fold in self.folds if fold.fallback is None]
             lines.append(f"{len(used)} of {len(self.folds)} folds in use, each proved exact on its own block")
+        lines += self._experts()
         errors = self.mean_output_errors
         if errors is not None:
             lines.append(f"mean output error of a linear: {errors[0]:.5f} plainly rounded, {errors[1]:.5f} as written")
@@ -126,6 +127,16 @@ class Report:
                 f"{self.tuning.held_out_kl:.5f} after"
             )
         return lines
+
+    def _experts(self) -> list[str]:
+        """How many calibration tokens met the linears of experts, where there are any."""
+        linears = [linear for block in self.blocks for linear in block.linears if linear.tokens is not None]
+        if not linears:
+            return []
+        met = sorted(linear.tokens for linear in linears)
+        few = sum(linear.tokens < ENOUGH_TOKENS * linear.shape[1] for linear in linears)
+        borrow = f"; {few} of {len(met)} linears had fewer than {ENOUGH_TOKENS} a channel and borrow" if few else ""
+        return [f"calibration tokens per expert: {met[0]} to {met[-1]}, {met[len(met) // 2]} in the middle{borrow}"]
 
     def _undone(self) -> list[str]:
         if not self.fallbacks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from awqkit.decisions import ENOUGH_TOKENS
 from awqkit.report.analysis import ClipRow, Json, alpha_rows, clip_rows, linears_by_type, scale_rows, short_names
 from awqkit.report.error_figures import ERROR_LEGEND, error_keys, error_panels, ratio_maps
 from awqkit.report.figures import LegendEntry, number, percent, percent_label
@@ -30,6 +31,36 @@ def error_section(report: Json) -> Section:
         arrangement=PANELS,
         legend=ERROR_LEGEND,
         tables=(_linear_table(linears, after),),
+    )
+
+
+def experts_section(report: Json) -> Section | None:
+    """How many calibration tokens met the experts; None where there are none."""
+    rows, details = [], []
+    for block in report["blocks"]:
+        linears = [linear for linear in block["linears"] if linear.get("tokens") is not None]
+        if not linears:
+            continue
+        met = sorted(linear["tokens"] for linear in linears)
+        few = sum(linear["tokens"] < ENOUGH_TOKENS * linear["shape"][1] for linear in linears)
+        counts = (len(met), met[0], met[len(met) // 2], met[-1], few)
+        rows.append((str(block["index"]), *(f"{count:,}" for count in counts)))
+        details += [(linear["name"], f"{linear['tokens']:,}") for linear in linears]
+    if not rows:
+        return None
+    columns = ("block", "linears of experts", "fewest tokens", "median", "most", f"below {ENOUGH_TOKENS} a channel")
+    return Section(
+        name="experts",
+        title="Calibration tokens per expert",
+        lead=(
+            "An expert is judged by the tokens that its router sends to it. Where those are fewer than "
+            f"{ENOUGH_TOKENS} for each input channel, its statistics are drawn towards the mean of all experts, the "
+            "more the fewer they are.",
+        ),
+        tables=(
+            Table("", columns, tuple(rows)),
+            Table("Every linear", ("linear", "tokens"), tuple(details[:MOST_ROWS]), folded=True),
+        ),
     )
 
 

@@ -1,0 +1,71 @@
+"""What experts are judged by: the tokens that met them, and what stands in where those are too few."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from awqkit.decisions import ENOUGH_TOKENS
+from awqkit.model.matrices import Expert
+from awqkit.model.structure import BlockStructure, LinearInput, LinearView
+from awqkit.numerics.statistics import Statistics, pooled, second_moment, shrunk
+
+
+class MetTokens:
+    """Which tokens an expert met, for those of its linears whose input is computed from them."""
+
+    def __init__(self) -> None:
+        self._expert: tuple[str, int] | None = None
+        self._numbers: Tensor | None = None
+
+    def of(self, expert: Expert, numbers: Tensor | None, inputs: Tensor) -> Tensor | None:
+        """The numbers of the tokens in `inputs`: as they were just picked out, or those that this expert met before."""
+        key = (expert.experts, expert.index)
+        if numbers is None and key == self._expert and self._numbers is not None:
+            numbers = self._numbers if len(self._numbers) == inputs.shape[:-1].numel() else None
+        self._expert, self._numbers = key, numbers
+        return numbers
+
+
+def of_tokens(per_token: Tensor | None, numbers: Tensor | None) -> Tensor | None:
+    """The values of some tokens, by their number, of `[rows, tokens]`; None where one of both is not known."""
+    return None if per_token is None or numbers is None else per_token.reshape(-1)[numbers]
+
+
+def usual_of_experts(views: Sequence[LinearView], squares: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:
+    """The mean row weight of the experts' like parts, for those that no token of the probe met."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for view in views:
+        if view.expert is not None:
+            found.setdefault((view.expert.experts, view.expert.part), []).append(float(squares[view.name].mean()))
+    return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+def with_few_tokens_shrunk(structure: BlockStructure, found: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """Statistics by first reader, those of experts with fewer than `ENOUGH_TOKENS` tokens a channel drawn to a mean.
+
+    What experts read is picked from one tensor, so the H of all tokens that met any of them stands in. What an expert
+    computes on the way has channels of its own, for which only a mean diagonal does: its own, or that of the others.
+    """
+    result, seen = dict(found), set()
+    for alike in structure.inputs_of_experts():
+        statistics = [found[entry.first] for entry in alike]
+        experts = alike[0].expert.experts
+        is_picked = experts not in seen  # an expert's first linear reads the tokens themselves
+        seen.add(experts)
+        together = second_moment(pooled(statistics))
+        for entry, own in zip(alike, statistics, strict=True):
+            prior = together
+            if not is_picked:
+                level = second_moment(own) if own.token_count else together
+                prior = level.diagonal().mean() * torch.eye(entry.num_channels, device=together.device)
+            result[entry.first] = shrunk(own, prior, ENOUGH_TOKENS * entry.num_channels)
+    return result
+
+
+def share_of_tokens(entry: LinearInput, statistics: Mapping[str, Statistics]) -> float:
+    """How much of the block's tokens an input is made of: 1 for every token, less for an expert's."""
+    most = max((found.token_count for found in statistics.values()), default=0)
+    return 1.0 if entry.expert is None else statistics[entry.first].token_count / max(most, 1)
