@@ -19,18 +19,22 @@ import json
 import math
 import time
 from array import array
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 from torch.utils.hooks import RemovableHandle
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from awqkit.calibration.builtin import NOT_TEXT, module_files, read_source, topics
 from awqkit.demo.held_out import HELD_OUT_MODULES
+
+Loss = Callable[[PreTrainedModel, Tensor], Tensor]  # of rows of token ids
+Adders = Callable[[nn.Module], Sequence[nn.Module]]  # the modules of a layer whose outputs go to the residual stream
 
 BOS, END_OF_TEXT = "<|bos|>", "<|endoftext|>"
 VOCAB_SIZE = 4096
@@ -112,20 +116,16 @@ def make_model(tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**CONFIG, **token_ids))
 
 
-def add_dropout(model: LlamaForCausalLM) -> list[RemovableHandle]:
+def add_dropout(model: PreTrainedModel, adders: Adders) -> list[RemovableHandle]:
     """Dropout on what layers add to the residual stream and on the embeddings; Llama has none of its own."""
-    layers = model.model.layers
-    sources = [
-        model.model.embed_tokens,
-        *(x for layer in layers for x in (layer.self_attn.o_proj, layer.mlp.down_proj)),
-    ]
+    sources = [model.model.embed_tokens, *(source for layer in model.model.layers for source in adders(layer))]
     return [
         source.register_forward_hook(lambda module, _, output: dropout(output, DROPOUT, training=module.training))
         for source in sources
     ]
 
 
-def make_optimizer(model: LlamaForCausalLM, device: str) -> torch.optim.AdamW:
+def make_optimizer(model: PreTrainedModel, device: str) -> torch.optim.AdamW:
     """AdamW; matrices decay, norms do not."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() <= 1]
@@ -148,28 +148,36 @@ def random_rows(ids: Tensor, bos: int, num_rows: int, generator: torch.Generator
     return torch.cat([torch.full_like(text[:, :1], bos), text], dim=1)
 
 
-def mean_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
+def mean_loss(model: PreTrainedModel, rows: Tensor) -> Tensor:
     """Nats per predicted token of `rows` `[rows, SEQ_LEN]`."""
     logits = model(rows[:, :-1], use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def held_out_perplexity(model: LlamaForCausalLM, ids: Tensor, bos: int, max_rows: int) -> float:
+def held_out_perplexity(model: PreTrainedModel, loss_of: Loss, ids: Tensor, bos: int, max_rows: int) -> float:
     """Perplexity of the first non-overlapping windows, each starting with BOS."""
     num_rows = min(max_rows, len(ids) // (SEQ_LEN - 1))
     text = ids[: num_rows * (SEQ_LEN - 1)].reshape(num_rows, SEQ_LEN - 1)
     rows = torch.cat([torch.full_like(text[:, :1], bos), text], dim=1)
     model.eval()
-    losses = [mean_loss(model, part).item() * len(part) for part in rows.split(32)]
+    losses = [loss_of(model, part).item() * len(part) for part in rows.split(32)]
     model.train()
     return math.exp(sum(losses) / num_rows)
 
 
-def train(model: LlamaForCausalLM, ids: Tensor, held_out: Tensor, bos: int, args: argparse.Namespace) -> None:
+def train(
+    model: PreTrainedModel,
+    loss_of: Loss,
+    adders: Adders,
+    ids: Tensor,
+    held_out: Tensor,
+    bos: int,
+    args: argparse.Namespace,
+) -> None:
     """Train in place; on a GPU the products are in bfloat16."""
     optimizer = make_optimizer(model, args.device)
-    dropouts = add_dropout(model)
+    dropouts = add_dropout(model, adders)
     model.train()
     generator = torch.Generator().manual_seed(args.seed)
     autocast = torch.autocast("cuda", dtype=torch.bfloat16) if args.device == "cuda" else nullcontext()
@@ -178,22 +186,25 @@ def train(model: LlamaForCausalLM, ids: Tensor, held_out: Tensor, bos: int, args
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps)
         with autocast:
-            loss = mean_loss(model, random_rows(ids, bos, args.rows, generator))
+            loss = loss_of(model, random_rows(ids, bos, args.rows, generator))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % max(1, args.steps // NUM_REPORTS) == 0 or step + 1 == args.steps:
             with autocast:
-                perplexity = held_out_perplexity(model, held_out, bos, HELD_OUT_ROWS_PER_ROW * args.rows)
+                perplexity = held_out_perplexity(model, loss_of, held_out, bos, HELD_OUT_ROWS_PER_ROW * args.rows)
             seconds = time.perf_counter() - started
-            print(f"step {step + 1} loss {loss.item():.4f} held-out perplexity {perplexity:.3f} {seconds:.1f} s")
+            print(
+                f"step {step + 1} loss {loss.item():.4f} held-out perplexity {perplexity:.3f} {seconds:.1f} s",
+                flush=True,
+            )
     for handle in dropouts:
         handle.remove()
     model.eval()
 
 
-def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path) -> None:
     """Write the checkpoint in bfloat16, with its tokenizer."""
     model.to(torch.bfloat16).save_pretrained(out)
     fast = PreTrainedTokenizerFast(
@@ -206,8 +217,8 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the model that `awqkit demo` quantizes.")
+def parse_arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=2400, help="optimizer steps (default %(default)s)")
     parser.add_argument("--rows", type=int, default=64, help=f"rows of {SEQ_LEN} tokens a step (default %(default)s)")
@@ -219,18 +230,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_arguments()
+def run(
+    args: argparse.Namespace, make: Callable[[Tokenizer, int], PreTrainedModel], loss_of: Loss, adders: Adders
+) -> None:
+    """Read the text, train the tokenizer and the model, and write the checkpoint."""
     documents, held_out_documents = read_text(args.stdlib, args.docs)
     documents = documents[: args.max_documents]
     tokenizer = train_tokenizer(documents)
     bos = tokenizer.token_to_id(BOS)
     ids = encode_documents(tokenizer, documents, [tokenizer.token_to_id(END_OF_TEXT)]).to(args.device)
     held_out = encode_documents(tokenizer, held_out_documents, []).to(args.device)
-    model = make_model(tokenizer, args.seed).to(args.device)
+    model = make(tokenizer, args.seed).to(args.device)
     print(f"{len(documents)} documents, {len(ids)} training and {len(held_out)} held-out tokens")
-    train(model, ids, held_out, bos, args)
+    train(model, loss_of, adders, ids, held_out, bos, args)
     save(model, tokenizer, args.out)
+
+
+def main() -> None:
+    run(parse_arguments(__doc__), make_model, mean_loss, lambda layer: (layer.self_attn.o_proj, layer.mlp.down_proj))
 
 
 if __name__ == "__main__":
