@@ -1,71 +1,56 @@
-"""Seconds to find the folds of a block of an 8B model and to prove them, on the CPU. Random weights, no download.
+"""Seconds to find the folds of a large block and to prove them, on the CPU. Random weights, no download.
 
-python benchmarks/discovery.py
+python benchmarks/discovery.py                     blocks of an 8B and of a 70B model, and one with 128 experts
+python benchmarks/discovery.py --blocks 8B
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import torch
 from bench import environment, save
-from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
-from awqkit.model.folds import discover, prove
+from awqkit.model.folds import discover, proof_errors, proved_together
+from awqkit.model.random_weights import RandomWeights
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.plan import make_probe
 
-CONFIG = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    num_hidden_layers=1,
-    vocab_size=1024,
-)
-
-
-class RandomWeights:
-    """A checkpoint of random tensors in bfloat16, made when they are read."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self._shapes = shapes
-        self.names = tuple(shapes)
-
-    def read(self, name: str) -> Tensor:
-        """N(0, 1/in) for a matrix, values around 0.5 for a vector."""
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            return (0.5 + 0.1 * torch.randn(shape)).to(torch.bfloat16)
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, shape[1] ** -0.5)
+SMALL = {"num_hidden_layers": 1, "vocab_size": 1024}
+BLOCKS: dict[str, PretrainedConfig] = {
+    "8B": LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, **SMALL
+    ),
+    "70B": LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8, **SMALL
+    ),
+    "128 experts": Qwen3MoeConfig(
+        hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, head_dim=128,
+        num_attention_heads=32, num_key_value_heads=4, **SMALL,
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
     """Time discovery and the proofs and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", nargs="+", default=list(BLOCKS), choices=list(BLOCKS))
     parser.add_argument("--name", default="discovery-cpu")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    hidden, inner, kv = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_key_value_heads * CONFIG.head_dim
-    base = "model.layers.0"
-    shapes = {
-        "model.embed_tokens.weight": (CONFIG.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (CONFIG.vocab_size, hidden),
-        f"{base}.input_layernorm.weight": (hidden,),
-        f"{base}.post_attention_layernorm.weight": (hidden,),
-        f"{base}.self_attn.q_proj.weight": (hidden, hidden),
-        f"{base}.self_attn.k_proj.weight": (kv, hidden),
-        f"{base}.self_attn.v_proj.weight": (kv, hidden),
-        f"{base}.self_attn.o_proj.weight": (hidden, hidden),
-        f"{base}.mlp.gate_proj.weight": (inner, hidden),
-        f"{base}.mlp.up_proj.weight": (inner, hidden),
-        f"{base}.mlp.down_proj.weight": (hidden, inner),
-    }
     device = torch.device("cpu")
-    skeleton = Skeleton(CONFIG, RandomWeights(shapes))
+    found = {}
+    for name in args.blocks:
+        found[name] = timed(BLOCKS[name], device)
+        print(f"{name}: {found[name]}", flush=True)
+    save(args.name, {"environment": environment(device), "blocks": found})
+
+
+def timed(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
+    """Seconds of one forward, of discovery and of all proofs, and the proofs' largest error, for a block of a kind."""
+    skeleton = Skeleton(config, RandomWeights(config))
     probe = make_probe(skeleton, device)
     block = skeleton.load_block(0, device)
     run = probe.runner(block, 0)
@@ -77,11 +62,21 @@ def main() -> None:
         structure = discover(block, run, probe.hidden)
         discovery = time.monotonic() - began
         began = time.monotonic()
-        errors = {fold.label: prove(block, run, probe.hidden, structure, (fold,)) for fold in structure.folds}
+        errors = [
+            error
+            for group in proved_together(structure)
+            for error in proof_errors(block, run, probe.hidden, structure, group)
+        ]
         proofs = time.monotonic() - began
-    print(f"one forward {forward:.2f} s, discovery {discovery:.2f} s, {len(errors)} proofs {proofs:.2f} s: {errors}")
-    found = {"forward_seconds": forward, "discovery_seconds": discovery, "proof_seconds": proofs, "folds": errors}
-    save(args.name, {"environment": environment(device), "shape": CONFIG.to_dict() | {"tokens": 16}, **found})
+    return {
+        "weights": sum(value.numel() for value in block.parameters()),
+        "forward_seconds": forward,
+        "discovery_seconds": discovery,
+        "proof_seconds": proofs,
+        "linears": len(structure.linears),
+        "folds": len(errors),
+        "largest_proof_error": max(errors),
+    }
 
 
 if __name__ == "__main__":
