@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from tiny_contexts import GROUP, block_context, hidden_states, run_on, token_ids, written
-from tiny_models import MLP_WIDTH, WIDTH, tiny_model
-from torch import Tensor
+from tiny_models import MLP_WIDTH, WIDTH, block_probes, tiny_model
+from torch import Tensor, nn
 
 from awqkit import Recipe
 from awqkit.api.load import load
 from awqkit.decisions import ENOUGH_TOKENS
+from awqkit.errors import CheckpointError
 from awqkit.model.block_calls import run_block
+from awqkit.model.folds import PROOF_TOLERANCE, discover, proof_errors, proved_together
 from awqkit.numerics.statistics import second_moment
 from awqkit.pipeline import search_block
 from awqkit.pipeline.context import BlockContext
@@ -180,3 +182,72 @@ def test_tuning_moves_the_scales_of_experts_in_their_stacks(tuning: str, tmp_pat
     assert {f"model.layers.1.block_sparse_moe.experts.{n}.w2.weight_scale" for n in range(EXPERTS)} <= moved
     assert all(name.endswith("weight_scale") or "norm" in name for name in moved)
     assert load(tuned.directory) is not None
+
+
+def test_a_damaged_expert_is_named_as_it_is_on_disk(tmp_path: Path) -> None:
+    model = _model()
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.experts.gate_up_proj")[2, MLP_WIDTH + 3, 5] = float("nan")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.block_sparse_moe\.experts\.2\.w3\.weight holds NaN"):
+        run_on(model, tmp_path, FAST)
+
+
+def test_experts_asked_for_where_there_are_none_are_mentioned(tmp_path: Path) -> None:
+    told: list[str] = []
+    recipe = replace(FAST, all_experts=True)
+    for name, model in (("dense", tiny_model("llama")), ("mixture", _model())):
+        run_on(model, tmp_path / name, recipe, emit=lambda event: told.append(getattr(event, "text", "")))
+        assert any("this model has no experts" in text for text in told) == (name == "dense")
+        told.clear()
+
+
+def test_experts_that_the_probe_does_not_reach_are_as_their_siblings() -> None:
+    """80 experts, of which 32 tokens with two each reach 64."""
+    _, _, (structure, *_) = block_probes(_model(80))
+    views = [view for view in structure.linears if view.expert is not None]
+    assert [view.name for view in views[-2:]] == ["mlp.experts.79.gate_up_proj", "mlp.experts.79.down_proj"]
+    assert len(views) == 2 * 80
+    folds = {fold.label: fold for fold in structure.folds}
+    assert {f"mlp.experts.{number}.gate_up_proj" for number in range(80)} <= set(folds)
+    consumers = folds["post_attention_layernorm"].consumers
+    assert consumers == ("mlp.gate", *(f"mlp.experts.{number}.gate_up_proj" for number in range(80)))
+    inputs = [entry for entry in structure.inputs if entry.expert is not None]
+    assert [entry.num_channels for entry in inputs] == [WIDTH, MLP_WIDTH] * 80
+
+
+def test_experts_in_a_list_of_modules_are_found_as_those_in_a_stack() -> None:
+    hidden = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    block = _ListedExperts()
+    structure = discover(block, lambda: block(hidden), hidden)
+    experts = [view for view in structure.linears if view.expert is not None]
+    assert [view.name for view in experts] == [f"experts.{n}.{part}" for n in range(40) for part in ("up", "down")]
+    assert [view.weight for view in experts[:2]] == ["experts.0.up.weight", "experts.0.down.weight"]
+    folds = {fold.label: fold for fold in structure.folds}
+    assert set(folds) == {"norm", *(f"experts.{number}.up" for number in range(40))}
+    assert len(folds["norm"].consumers) == 41
+    for group in proved_together(structure):
+        assert max(proof_errors(block, lambda: block(hidden), hidden, structure, group)) <= PROOF_TOLERANCE
+
+
+class _ListedExperts(nn.Module):
+    """A router that takes one of forty experts, each in a module of its own, as code of other people's has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.gate = nn.RMSNorm(32), nn.Linear(32, 40, bias=False)
+        self.norm.weight.data.uniform_(0.5, 2.0)
+        self.experts = nn.ModuleList()
+        for _ in range(40):
+            self.experts.append(nn.ModuleDict({"up": nn.Linear(32, 48), "down": nn.Linear(48, 32)}))
+        self.requires_grad_(False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        tokens = self.norm(hidden).flatten(0, 1)
+        weight, chosen = self.gate(tokens).sigmoid().topk(1)
+        added = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen[:, 0] == number)
+            if len(rows):
+                added[rows] = weight[rows] * expert["down"](expert["up"](tokens[rows]))
+        return hidden + added.reshape(hidden.shape)

@@ -95,7 +95,7 @@ def quantize(
     settings = _quantization_config(skeleton, plan, layout, written)
     shapes = {linear.name: linear.shape for linear in plan.linears if linear.keep is None}
     cautions = (*filter(None, [source.caution]), *written.cautions(shapes, scheme))
-    for text in (*_idle_globs(recipe, plan, skeleton), *cautions):
+    for text in (*_idle_choices(recipe, plan, skeleton), *cautions):
         emit(Caution(text))
     generating = time.monotonic()
     if rows is not None:
@@ -147,10 +147,13 @@ def _rows(
     return text_rows(recipe, calibration, encoder, exclude_modules)
 
 
-def _idle_globs(recipe: Recipe, plan: RunPlan, skeleton: Skeleton) -> list[str]:
-    """A line for every glob of `ignore` that matches nothing, which was hardly meant."""
+def _idle_choices(recipe: Recipe, plan: RunPlan, skeleton: Skeleton) -> list[str]:
+    """A line for every glob of `ignore` that matches nothing, and for experts asked for where there are none."""
+    idle = []
+    if recipe.all_experts and not any(block.structure.inputs_of_experts() for block in plan.blocks):
+        idle.append("--all-experts has nothing to do: this model has no experts that can be watched one by one")
     linears = [*(linear.name for linear in plan.linears), *skeleton.linears_outside_blocks()]
-    return [
+    return idle + [
         f"--ignore {glob} matches no linear; it is a glob on full module paths, such as {linears[0]}"
         for glob in recipe.ignore
         if not any(fnmatch.fnmatchcase(linear, glob) for linear in linears)

@@ -40,7 +40,8 @@ def refuse_non_finite(context: BlockContext) -> None:
     """Raises CheckpointError naming the first tensor of the block with NaN or inf."""
     for name, value in context.parameters.items():
         if not bool(torch.isfinite(value).all()):
-            disk = context.skeleton.disk_name(f"{context.block_plan.path}.{name}")
+            parts = context.skeleton.parts(f"{context.block_plan.path}.{name}", value)
+            disk = next(disk for disk, part in parts.items() if not bool(torch.isfinite(part).all()))
             raise CheckpointError(
                 f"tensor {disk} holds NaN or inf, so the checkpoint is damaged: fetch or convert it again; "
                 "nothing was kept of this run"
