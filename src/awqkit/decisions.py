@@ -65,6 +65,8 @@ class FoldDecision:
     error_nearest, error_chosen: row-weighted errors of all consumers, relative to the first; None without a search.
     fallback: why s = 1 was restored, or why the fold was not used at all; None where s is in use.
     scale: the final s, or what it would have been where a fallback restored 1; None without a search.
+    kept_columns: how columns of consumers in full precision (a router) are stored: "exact", times powers of two, or
+    "rounded", times any s, where the other consumers gain more by that than those lose; None where there are none.
     """
 
     producer: str
@@ -77,6 +79,7 @@ class FoldDecision:
     error_chosen: float | None = None
     fallback: str | None = None
     scale: ScaleSummary | None = None
+    kept_columns: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

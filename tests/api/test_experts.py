@@ -138,15 +138,20 @@ def test_transformers_reads_the_same_experts_from_symmetric_compressed_tensors(t
             torch.testing.assert_close(theirs.get_parameter(name).float(), value, rtol=1 / 256, atol=0)
 
 
-def test_the_router_is_kept_with_a_scale_that_its_rounding_commutes_with(done):
+def test_the_router_is_kept_and_compensated(done):
+    """Its columns times the very s that the stored norm was divided by, rounded to the file's dtype at most."""
     folder, _, experts, _ = done
     report = json.loads((folder / "out/awqkit.json").read_text())
     kept = {keep["name"]: keep["reason"] for block in report["blocks"] for keep in block["kept"]}
     assert "chooses experts" in kept["model.layers.0.mlp.gate"]
     before, after = (load_file(folder / part / "model.safetensors") for part in ("source", "out"))
+    norm = "model.layers.0.post_attention_layernorm.weight"
+    s = before[norm].float() / after[norm].float()
     name = f"model.layers.0.{experts.rpartition('.')[0]}.gate.weight"
-    ratio = after[name].float() / before[name].float()
-    assert torch.equal(ratio, torch.exp2(ratio.log2().round()))
+    assert torch.equal(after[name], (before[name].float() * s).to(torch.bfloat16))
+    fold = next(fold for fold in report["blocks"][0]["folds"] if fold["producer"] == "post_attention_layernorm")
+    assert fold["kept_columns"] in ("exact", "rounded")
+    assert not torch.equal(s, torch.ones_like(s))
 
 
 def test_a_conversion_has_the_same_experts(done, tmp_path):

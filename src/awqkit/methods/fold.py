@@ -178,6 +178,27 @@ def _summary(tried: Sequence[Candidate], best: Tensor, per_channel: Tensor) -> A
     )
 
 
+def scale_costs(readers: Readers, evidence: Evidence, scales: Sequence[Tensor], plan: LinearPlan) -> list[float]:
+    """What plain rounding of the readers costs under each s `[in]`, as the search of scales measures it."""
+    errors = rounding_errors(
+        torch.cat(readers.weights),
+        group_weights(evidence.moment, evidence.metric, plan),
+        readers.row_weight,
+        [Candidate("given", 0.0, scale) for scale in scales],
+        group_size=plan.group_size,
+        **plan.grid_choices,
+    )
+    return errors.sum(dim=1).tolist()
+
+
+def storage_cost(
+    weight: Tensor, channel_scale: Tensor, moment: Tensor, row_weight: Tensor, stored_dtype: torch.dtype
+) -> float:
+    """What a linear `[out, in]` in full precision loses when its columns times s are rounded to the file's dtype."""
+    stored = (weight * channel_scale).to(stored_dtype).to(torch.float32)
+    return weighted_error(stored / channel_scale - weight, moment, row_weight)
+
+
 def fold_errors(
     consumers: Sequence[QuantizedLinear],
     scaled: Sequence[ScaledWeight],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,18 +16,22 @@ from awqkit.methods.fold import (
     Tied,
     consumer_scale,
     fold_errors,
+    scale_costs,
     search_channel_scale,
     smoothing_errors,
+    storage_cost,
 )
 from awqkit.methods.linear import QuantizedLinear, ScaledWeight, quantize_linear, round_rows_alike
 from awqkit.methods.rows import sensitive_rounder
-from awqkit.model.producers import store_producer
+from awqkit.model.producers import StoredProducer, store_producer
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.scale_summary import scale_summary
 from awqkit.numerics.statistics import Statistics, pooled, second_moment
 from awqkit.pipeline.context import BlockContext
 from awqkit.pipeline.expert_tokens import share_of_tokens
 from awqkit.recipe import Recipe
+
+EXACT, ROUNDED = "exact", "rounded"  # `FoldDecision.kept_columns`
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,17 +240,57 @@ def _search(
             recipe.channel_scale, recipe.scale_families, recipe.importance, recipe.alpha_search, recipe.smooth_alpha
         ),
     )
-    keeps = len(consumers) < len(fold.consumers) or (
-        fold.producer_linear is not None and context.kept(fold.producer_linear)
-    )
-    stored = store_producer(
-        fold, context.oriented, found.per_channel, context.plan.stored_dtype, keeps_full_precision=keeps
-    )
+    stored, kept_columns = _stored(context, fold, found.per_channel, readers, evidence, measured)
     scale = ScaleSummary(**scale_summary(stored.channel_scale, LOG2_SCALE_POINTS)._asdict())
     decision = FoldDecision(
-        fold.label, fold.kind, fold.consumers, fold.num_channels, proof_error, alpha=found.alpha, scale=scale
+        fold.label,
+        fold.kind,
+        fold.consumers,
+        fold.num_channels,
+        proof_error,
+        alpha=found.alpha,
+        scale=scale,
+        kept_columns=kept_columns,
     )
     return AppliedFold(fold, stored.channel_scale, stored.values, decision)
+
+
+def _stored(
+    context: BlockContext,
+    fold: Fold,
+    channel_scale: Tensor,
+    readers: Readers,
+    evidence: Evidence,
+    measured: Measured,
+) -> tuple[StoredProducer, str | None]:
+    """The producer as the file will hold it, and how columns of consumers in full precision are: exact, or rounded.
+
+    Those are exact under powers of two. Any other s rounds them to the file's dtype: taken where the quantized
+    consumers gain more by it than those lose.
+    """
+    kept = [name for name in fold.consumers if context.kept(name)]
+    keeps_producer = fold.producer_linear is not None and context.kept(fold.producer_linear)
+    store = partial(store_producer, fold, context.oriented, channel_scale, context.plan.stored_dtype)
+    exact = store(keeps_full_precision=bool(kept) or keeps_producer)
+    if not kept:
+        return exact, None
+    if keeps_producer or context.recipe.activations != "none":
+        return exact, EXACT
+    rounded, plan = store(keeps_full_precision=False), context.block_plan.linears
+    quantized = [name for name in fold.consumers if not context.kept(name)]
+    costs = scale_costs(
+        readers,
+        evidence,
+        [consumer_scale(each.channel_scale, fold.channel_of[quantized[0]]) for each in (exact, rounded)],
+        plan[quantized[0]],
+    )
+    weights = row_weights_of(context, kept, measured)
+    for position, each in enumerate((exact, rounded)):
+        for name, row_weight in zip(kept, weights, strict=True):
+            scale = consumer_scale(each.channel_scale, fold.channel_of[name])
+            moment = second_moment(measured.statistics[context.structure.input_of(name).first])
+            costs[position] += storage_cost(context.weight(name), scale, moment, row_weight, context.plan.stored_dtype)
+    return (rounded, ROUNDED) if costs[1] < costs[0] else (exact, EXACT)
 
 
 def _undone(context: BlockContext, entry: AppliedFold, decision: FoldDecision) -> AppliedFold:
