@@ -120,3 +120,22 @@ def test_nothing_is_recorded_for_gradients() -> None:
     with torch.no_grad():
         finished = StoppingRun(lambda stop: weight @ weight).resume()
     assert isinstance(finished, Finished) and not finished.value.requires_grad
+
+
+def test_a_body_that_switches_gradients_does_so_for_itself() -> None:
+    """As experts do that look for their tokens without gradients."""
+
+    def body(stop: Stop) -> torch.Tensor:
+        with torch.no_grad():
+            hit = torch.ones(2) + 1
+        stop(hit)
+        with torch.enable_grad():
+            return hit * 2
+
+    for before in (True, False):
+        run = StoppingRun(body)
+        with torch.set_grad_enabled(before):
+            for expected in (Stopped, Finished):
+                assert isinstance(run.resume(), expected)
+                assert torch.is_grad_enabled() == before
+        run.close()

@@ -79,11 +79,12 @@ class StoppingRun:
             return told
 
     def close(self) -> None:
-        """Let go of a run that is stopped; nothing happens to one that ended."""
-        if self._thread.ident is None or self._ended:
+        """Let go of a run that is stopped, and of its thread, which one that ended is about to leave."""
+        if self._thread.ident is None:
             return
-        self._given_up = True
-        self._answers.put(_Raised(_GivenUp()))
+        if not self._ended:
+            self._given_up = True
+            self._answers.put(_Raised(_GivenUp()))
         self._thread.join()
         self._ended = True
 
@@ -118,13 +119,16 @@ def _answer(asked: _Asked) -> Any:
 
 
 class _Deferring(TorchFunctionMode):
-    """Every torch function is computed by whoever `ask` asks; reading an attribute of a tensor is not worth that."""
+    """Every torch function is computed by whoever `ask` asks; reading an attribute of a tensor is not worth that.
+
+    Whether gradients are recorded is each thread's own: a body that switches them off and on does so for itself.
+    """
 
     def __init__(self, ask: Callable[[_Asked], Any]) -> None:
         super().__init__()
         self._ask = ask
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if getattr(function, "__name__", "") == "__get__":
+        if getattr(function, "__name__", "") == "__get__" or function is torch._C._set_grad_enabled:
             return function(*args, **(kwargs or {}))
         return self._ask(_Asked(function, args, kwargs or {}))
