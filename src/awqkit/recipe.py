@@ -117,7 +117,7 @@ class Recipe:
     sensitivity: "none", or "end-loss": errors weighted by the gradients of the model's own loss, across rows and
         tokens.
     tuning: what is tuned together on the whole model's KL beside folded gains: the scales of "groups", or one factor
-        for the whole of each of a weight's "rows", which takes half of the time.
+        for the whole of each of a weight's "rows", which needs no gradient as large as the weight.
     tuning_epochs: passes over the calibration rows for that; a half visits every second step's rows, 0 none.
     dtype: the dtype of everything that is not packed; None keeps the source's, and turns float32 into bfloat16.
     ignore: globs on full module paths; a linear that matches stays in full precision.
