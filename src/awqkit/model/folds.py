@@ -254,7 +254,7 @@ def _linear_views(block: nn.Module, weights: Mapping[str, Tensor], plain: _Look,
     views: dict[str, LinearView] = {}
     for name, transposed in order:
         of = expert_of(name)
-        if of is None or not _is_expert(name, siblings[name], called, plain, num_tokens):
+        if of is None or not _is_expert(name, siblings[name], plain, num_tokens):
             views.setdefault(name, _view(block, weights, name, transposed, None))
             continue
         parts = dict.fromkeys(
@@ -274,7 +274,7 @@ def _holds(name: str, expert: Expert) -> bool:
     return of is not None and (of.experts, of.index) == (expert.experts, expert.index)
 
 
-def _is_expert(name: str, siblings: Sequence[str], called: Mapping[str, bool], plain: _Look, num_tokens: int) -> bool:
+def _is_expert(name: str, siblings: Sequence[str], plain: _Look, num_tokens: int) -> bool:
     if parameter_of(name) != name:
         return True
     met = [_tokens(plain.inputs[key]) for each in siblings for key in (each, each + TRANSPOSED) if key in plain.inputs]
