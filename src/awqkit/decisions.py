@@ -151,7 +151,7 @@ class TuningDecision:
     held_out_kl_before, held_out_kl: nats per token on held-out rows, None without any. fallback: why it was undone.
     """
 
-    epochs: int
+    epochs: float
     held_out_kl_before: float | None
     held_out_kl: float | None
     fallback: str | None = None

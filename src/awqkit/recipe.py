@@ -64,11 +64,22 @@ _BALANCED: dict[str, Any] = {
     "rounds": 1,
     "propagation": 0.5,
     "generated": 0.125,
+    "generated_weight": 2.0,
+    "tuning": "rows",
+    "tuning_epochs": 0.5,
 }
 _PRESETS: dict[str, dict[str, Any]] = {
     "fast": _FAST,
     "balanced": _BALANCED,
-    "best": {**_BALANCED, "rounds": 2, "sensitivity": "end-loss", "tuning_epochs": 4, "generated": 0.5},
+    "best": {
+        **_BALANCED,
+        "rounds": 2,
+        "sensitivity": "end-loss",
+        "generated": 0.5,
+        "generated_weight": 1.0,
+        "tuning": "groups",
+        "tuning_epochs": 4,
+    },
 }
 _TEXTBOOK: dict[str, Any] = {"channel_scale": "none", "clip": "none"}
 _METHODS: dict[str, dict[str, Any]] = {
@@ -125,6 +136,7 @@ class Recipe:
     samples, seq_len, seed: calibration rows, tokens per row, and the seed that chooses them.
     all_experts: whether every expert learns from every calibration token, and not from those that its router sends.
     generated: rows that the model writes itself, beside each of `samples`; 0.5 makes half as many more.
+    generated_weight: what a token of those counts in every H, where one of the text counts 1.
     """
 
     name: str = "custom"
@@ -156,6 +168,7 @@ class Recipe:
     calibration: str = "builtin"
     samples: int = 128
     generated: float = 0.0
+    generated_weight: float = 1.0
     seq_len: int = 512
     all_experts: bool = False
     seed: int = 0
@@ -183,6 +196,7 @@ class Recipe:
         if self.propagation != AUTO:
             _share("propagation", self.propagation, f" or {AUTO!r}")
         _share("generated", self.generated)
+        _number("generated_weight", self.generated_weight, 0, 1000)
         _whole("samples", self.samples, 1, 1 << 24)
         _whole("seq_len", self.seq_len, 8, 1 << 20)
         _whole("seed", self.seed, 0, (1 << 63) - 1)
@@ -224,6 +238,11 @@ class Recipe:
     def scales_channels(self) -> bool:
         """Whether channel scales are chosen."""
         return self.folds == "on" and self.channel_scale != "none"
+
+    @property
+    def own_text(self) -> tuple[float, float]:
+        """How much text of the model's own is learned from, and what it counts."""
+        return self.generated, self.generated_weight
 
     @property
     def propagates(self) -> bool:

@@ -95,3 +95,11 @@ def test_joined_rows_keep_their_masks() -> None:
     assert joined.ids.tolist() == [*ids.tolist(), *ids.tolist()]
     assert joined.mask.tolist() == [*mask.tolist(), *[[True] * 3] * 2]
     assert TokenRows(ids).joined(TokenRows(ids)).mask is None
+
+
+def test_rows_that_weigh_more_keep_their_weights_beside_those_of_the_text() -> None:
+    ids = torch.arange(6).reshape(2, 3)
+    joined = TokenRows(ids).joined(TokenRows(ids[:1]).weighing(2.0))
+    assert joined.weights.tolist() == [[1.0] * 3, [1.0] * 3, [2.0] * 3]
+    assert joined.rows(slice(2, 3)).weights.tolist() == [[2.0] * 3]
+    assert TokenRows(ids).joined(TokenRows(ids).weighing(1.0)).weights is None

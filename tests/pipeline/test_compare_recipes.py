@@ -51,7 +51,7 @@ def _compare(
         plan = plan_linears(skeleton, found, recipe, torch.bfloat16, awq.why_not_held, awq.fused_partners)
         contenders.append(Contender(label, recipe, plan))
     learning = LearningRows(TokenRows(CALIBRATION), None if held is None else TokenRows(held))
-    rows = CompareRows({recipe.generated: learning for recipe in recipes.values()}, TokenRows(MEASURED))
+    rows = CompareRows({recipe.own_text: learning for recipe in recipes.values()}, TokenRows(MEASURED))
     return compare_recipes(skeleton, contenders, rows, CPU, emit)
 
 

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from awqkit import Recipe
 from awqkit.api.load import load
+from awqkit.events import Caution
 from awqkit.methods.tuning import TunableLinear
 from awqkit.model.block_calls import run_block
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.divergence import token_kl
 from awqkit.numerics.grid import dequantize
 from awqkit.pipeline import tune as tune_module
+from awqkit.pipeline import tuning_stage
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.tunable_block import TunableBlock, kept_bytes
 from awqkit.pipeline.tune import STEPPING, Stepping, TuningRows, tune
@@ -185,3 +187,18 @@ def test_a_run_writes_what_tuning_moved_and_nothing_else(tmp_path: Path, tuning:
     assert all(name.endswith("weight_scale") or "norm" in name for name in moved)
     assert "before tuning" in str(tuned.report)
     assert load(tuned.directory) is not None
+
+
+def test_tuning_that_has_no_room_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = {"group_size": GROUP, "bits": 3, "format": "compressed-tensors"}
+    plain = run_on(tiny_model("llama"), tmp_path, Recipe.preset("fast", **choices), out="plain")
+    monkeypatch.setattr(tuning_stage, "free_bytes", lambda device: 1000.0)
+    events: list[object] = []
+    recipe = Recipe.preset("fast", tuning_epochs=20, **choices)
+    tuned = run_on(tiny_model("llama"), tmp_path, recipe, out="tuned", emit=events.append)
+    (caution,) = [event.text for event in events if isinstance(event, Caution) and "not tuned" in event.text]
+    assert "cpu has 0.0 GB free" in caution
+    assert tuned.report.tuning.fallback == caution
+    before, after = written(plain.directory), written(tuned.directory)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -216,13 +216,13 @@ def _learning_rows(
     device: torch.device,
     options: RunOptions,
     emit: Emit,
-) -> dict[float, LearningRows]:
-    """By `Recipe.generated` the rows of the text, and with them what the model writes for recipes that ask for it."""
+) -> dict[tuple[float, float], LearningRows]:
+    """By `Recipe.own_text` the rows of the text, and with them what the model writes for recipes that ask for it."""
     found = {}
     for recipe in (each.contender.recipe for each in entered):
-        if recipe.needs_calibration and recipe.generated not in found:
+        if recipe.needs_calibration and recipe.own_text not in found:
             all_rows = with_generated(rows, recipe, checkpoint, skeleton, device, options, emit)
-            found[recipe.generated] = LearningRows(all_rows.calibration, all_rows.held_out)
+            found[recipe.own_text] = LearningRows(all_rows.calibration, all_rows.held_out)
     return found
 
 

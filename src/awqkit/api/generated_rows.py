@@ -64,7 +64,8 @@ def with_generated(
     emit(Notice(f"and {counts[0]} rows, {counts[1]} held out, that the model wrote itself"))
     held_out = None if rows.held_out is None else rows.held_out.joined(TokenRows(ids[counts[0] :]))
     summary = replace(rows.summary, generated_rows=counts[0], generated_held_out_rows=counts[1])
-    return CalibrationRows(rows.calibration.joined(TokenRows(ids[: counts[0]])), held_out, summary)
+    own = TokenRows(ids[: counts[0]]).weighing(recipe.generated_weight)
+    return CalibrationRows(rows.calibration.joined(own), held_out, summary)
 
 
 def _written(

@@ -29,7 +29,7 @@ class TunableLinear:
         grid = quantized.grid
         rows, columns = quantized.codes.shape
         grouped = quantized.codes.reshape(rows, columns // grid.group_size, grid.group_size)
-        self._quantized = quantized
+        self._grid, self._code_dtype = grid, quantized.codes.dtype
         steps = grouped.to(torch.float32) - grid.group_zero.unsqueeze(-1)
         self._steps = steps.to(torch.int8 if grid.bits < 8 else torch.int16)
         scale = grid.group_scale[:, :1] if self.per_row else grid.group_scale
@@ -37,10 +37,10 @@ class TunableLinear:
 
     def weight(self) -> Tensor:
         """(q − z) Δ e^θ as the parameter is, float32, differentiable in θ; for rows without e^θ, see `scaled`."""
-        scale = self._quantized.grid.group_scale
+        scale = self._grid.group_scale
         if not self.per_row:
             scale = scale * self.log_change.exp()
-        weight = (self._steps * scale.unsqueeze(-1)).reshape(self._quantized.codes.shape)
+        weight = (self._steps * scale.unsqueeze(-1)).flatten(1)
         return weight.t() if self._transposed else weight
 
     def scaled(self, outputs: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,10 +50,11 @@ class TunableLinear:
 
     def finished(self, stored_dtype: torch.dtype) -> QuantizedWeight:
         """The same codes with the group scales as they will be stored."""
-        grid = self._quantized.grid
+        grid = self._grid
         scale = (grid.group_scale * self.log_change.detach().exp()).to(stored_dtype).to(torch.float32)
         scale = torch.where((scale > 0) & scale.isfinite(), scale, grid.group_scale)
-        return replace(self._quantized, grid=replace(grid, group_scale=scale))
+        codes = (self._steps + grid.group_zero.unsqueeze(-1)).flatten(1).to(self._code_dtype)
+        return QuantizedWeight(codes, replace(grid, group_scale=scale))
 
 
 @dataclass(frozen=True, slots=True)

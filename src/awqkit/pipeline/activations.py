@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,25 +17,33 @@ _DEVICE_SHARE = 0.3  # of the free device memory that hidden states may take bef
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Token ids `[rows, tokens]` int64 and, where rows were padded, a bool mask of the same shape (True = real)."""
+    """Token ids `[rows, tokens]` int64 and, where rows were padded, a bool mask of the same shape (True = real).
+
+    weights: `[rows, tokens]` float32, what each token counts in statistics, or None where all count 1.
+    """
 
     ids: Tensor
     mask: Tensor | None = None
+    weights: Tensor | None = None
 
     def rows(self, part: slice) -> TokenRows:
         """The rows of a slice."""
-        return TokenRows(self.ids[part], None if self.mask is None else self.mask[part])
+        mask, weights = (None if each is None else each[part] for each in (self.mask, self.weights))
+        return TokenRows(self.ids[part], mask, weights)
+
+    def weighing(self, weight: float) -> TokenRows:
+        """The same rows, each token counting `weight`."""
+        return replace(self, weights=None if weight == 1 else torch.full(self.ids.shape, float(weight)))
 
     def joined(self, other: TokenRows) -> TokenRows:
         """These rows and then the other's, of the same length."""
-        mask = None
+        both, mask, weights = (self, other), None, None
         if self.mask is not None or other.mask is not None:
-            masks = [
-                torch.ones_like(rows.ids, dtype=torch.bool) if rows.mask is None else rows.mask
-                for rows in (self, other)
-            ]
+            masks = [torch.ones_like(rows.ids, dtype=torch.bool) if rows.mask is None else rows.mask for rows in both]
             mask = torch.cat(masks)
-        return TokenRows(torch.cat([self.ids, other.ids]), mask)
+        if self.weights is not None or other.weights is not None:
+            weights = torch.cat([torch.ones(rows.ids.shape) if rows.weights is None else rows.weights for rows in both])
+        return TokenRows(torch.cat([self.ids, other.ids]), mask, weights)
 
 
 class HiddenStates:

@@ -138,7 +138,7 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
         advance(context, streams.probe, {})
     elif any(_weighs_rows(recipe) for recipe in recipes):
         row_weights = measure_row_weights(context, streams.probe)
-    token_weight = None if gradients is None else gradients.token_weight(index)
+    token_weight = streams.token_weight(index)
     return Observed(observe(context, original, token_weight, kept), row_weights, token_weight, kept)
 
 

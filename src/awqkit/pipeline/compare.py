@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from awqkit.events import BlockFinished, Emit, TaskAdvanced, TaskFinished, TaskStarted
+from awqkit.events import BlockFinished, Caution, Emit, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.methods.tuning import TunableGain, TunableLinear
 from awqkit.model.block_calls import run_block
 from awqkit.model.skeleton import Skeleton
@@ -36,14 +36,14 @@ from awqkit.pipeline.search_block import Choice
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
 from awqkit.pipeline.tunable_block import TunableBlock
-from awqkit.pipeline.tuning_stage import TuningStart, finish_tuning, start_tuning, tunable_block
+from awqkit.pipeline.tuning_stage import TuningStart, finish_tuning, start_tuning, tunable_block, why_not_tuned
 from awqkit.recipe import Recipe
 
 _TASK, _GRADIENT_TASK = "block", "gradient step"
 START, OBSERVE, EVALUATE = "start", "observe", "evaluate"  # stages that no contender has alone
 
-_Kind = tuple[str, float]  # what recipes that share streams and statistics have in common: see `_kind`
-_TuningKind = tuple[str, float]  # and those that start tuning from the same rows in the same batches
+_Kind = tuple[str, tuple[float, float]]  # what recipes that share streams and statistics have in common: see `_kind`
+_TuningKind = tuple[str, tuple[float, float]]  # and those that start tuning from the same rows in the same batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,9 @@ class LearningRows:
 
 @dataclass(frozen=True, slots=True)
 class CompareRows:
-    """Token rows to evaluate, and by `Recipe.generated` those that recipes with so much of it learn from."""
+    """Token rows to evaluate, and by `Recipe.own_text` those that such recipes learn from."""
 
-    learning: Mapping[float, LearningRows]
+    learning: Mapping[tuple[float, float], LearningRows]
     evaluation: TokenRows
 
 
@@ -90,8 +90,8 @@ class Compared:
 class _Lane:
     """A contender's way through the model. streams: its kind's, None without calibration.
 
-    calibration, held_out: its quantized streams, None where it does not propagate. blocks: as quantized so far, where
-    it tunes afterwards.
+    calibration, held_out: its quantized streams, None where it does not propagate. tunes: afterwards, on all its
+    blocks. blocks: as quantized so far, where it does.
     """
 
     contender: Contender
@@ -99,12 +99,9 @@ class _Lane:
     streams: Streams | None
     calibration: HiddenStates | None = None
     held_out: HiddenStates | None = None
+    tunes: bool = False
     blocks: list[TunableBlock] = field(default_factory=list)
     num_fallbacks: int = 0
-
-    @property
-    def tunes(self) -> bool:
-        return self.streams is not None and self.contender.recipe.tuning_epochs > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +167,16 @@ def _course(
     num_streams = 2 * len(contenders) + 4  # calibration and evaluation rows of each, and the original's
     for recipe in (contender.recipe for contender in contenders):
         if recipe.needs_calibration and _kind(recipe) not in streams:
-            learning = rows.learning[recipe.generated]
+            learning = rows.learning[recipe.own_text]
             streams[_kind(recipe)] = _shared_streams(skeleton, recipe, learning, device, num_streams, clock, emit)
     original = HiddenStates(skeleton, rows.evaluation, device, num_streams=num_streams)
     lanes = tuple(_lane(contender, streams, original) for contender in contenders)
+    for lane in lanes:
+        _settle_tuning(lane, device, emit)
     tuning = {}
     for kind in {_tuning_kind(lane.contender.recipe) for lane in lanes if lane.tunes}:
-        moves, generated = kind
-        learning = rows.learning[generated]
+        moves, own_text = kind
+        learning = rows.learning[own_text]
         tuning[kind] = start_tuning(skeleton, moves, learning.calibration, learning.held_out, device)
     return _Course(skeleton, device, lanes, streams, original, tuning, clock)
 
@@ -223,6 +222,17 @@ def _lane(contender: Contender, streams: Mapping[_Kind, Streams], original: Hidd
     return lane
 
 
+def _settle_tuning(lane: _Lane, device: torch.device, emit: Emit) -> None:
+    recipe = lane.contender.recipe
+    if lane.streams is None or recipe.tuning_epochs <= 0:
+        return
+    no_room = why_not_tuned(recipe, lane.contender.plan, device)
+    if no_room is not None:
+        emit(Caution(f"{lane.contender.label}: {no_room}"))
+        lane.num_fallbacks += 1
+    lane.tunes = no_room is None
+
+
 def _one_block(course: _Course, block: nn.Module, index: int, tell: Callable[[str], None]) -> None:
     """Every stream, of every lane, moves on to the block's output."""
     parameters = {name: value.data for name, value in block.named_parameters()}
@@ -260,11 +270,11 @@ def _one_block(course: _Course, block: nn.Module, index: int, tell: Callable[[st
 
 
 def _kind(recipe: Recipe) -> _Kind:
-    return recipe.sensitivity, recipe.generated
+    return recipe.sensitivity, recipe.own_text
 
 
 def _tuning_kind(recipe: Recipe) -> _TuningKind:
-    return recipe.tuning, recipe.generated
+    return recipe.tuning, recipe.own_text
 
 
 def _is_of_kind(recipe: Recipe, kind: _Kind) -> bool:

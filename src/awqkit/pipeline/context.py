@@ -30,13 +30,22 @@ class Streams:
     """The hidden states that a run carries from block to block.
 
     calibration: rows for the statistics. probe: two of them, for the row weights. held_out: rows for the check, or
-    None. gradients: of the end loss at every block's output, for the calibration rows, or None.
+    None. gradients: of the end loss at every block's output, for the calibration rows, or None. weights:
+    `[rows, tokens]`, what their tokens count in statistics, or None where all count 1.
     """
 
     calibration: Stream
     probe: HiddenStates
     held_out: Stream | None
     gradients: EndGradients | None = None
+    weights: Tensor | None = None
+
+    def token_weight(self, block: int) -> Tensor | None:
+        """`[rows, tokens]`, what an error at each calibration token costs in a block; None where all cost the same."""
+        felt = None if self.gradients is None else self.gradients.token_weight(block)
+        if felt is None or self.weights is None:
+            return self.weights if felt is None else felt
+        return felt * self.weights.to(felt.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,4 +206,8 @@ def observe_pair(
 
 
 def _weights_of(token_weight: Tensor | None, part: slice, hidden: Tensor) -> Tensor | None:
-    return None if token_weight is None else token_weight[part].to(hidden.device)
+    """What the tokens of some rows count; None where each counts 1, so that nothing is multiplied."""
+    if token_weight is None:
+        return None
+    weights = token_weight[part]
+    return None if bool((weights == 1).all()) else weights.to(hidden.device)

@@ -12,7 +12,7 @@ from awqkit.checkpoint.reader import Checkpoint
 from awqkit.checkpoint.writer import CheckpointWriter
 from awqkit.decisions import BlockDecision, TuningDecision
 from awqkit.errors import CheckpointError
-from awqkit.events import BlockFinished, Emit, TaskAdvanced, TaskFinished, TaskStarted
+from awqkit.events import BlockFinished, Caution, Emit, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.formats.format import Format
 from awqkit.model.matrices import with_stacks_whole
 from awqkit.model.skeleton import Skeleton
@@ -25,7 +25,7 @@ from awqkit.pipeline.plan import BlockPlan, RunPlan
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
 from awqkit.pipeline.tunable_block import TunableBlock
-from awqkit.pipeline.tuning_stage import finish_tuning, start_tuning, tunable_block
+from awqkit.pipeline.tuning_stage import finish_tuning, start_tuning, tunable_block, why_not_tuned
 from awqkit.recipe import Recipe
 
 _TASK, _GRADIENT_TASK = "block", "gradient step"
@@ -68,9 +68,14 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
             _copy(job, name, writer)
     clock.enter("start")
     streams = None if rows is None else _streams(job, rows, held_out, emit)
-    start = None
+    start, tuning = None, None
     if rows is not None and job.recipe.tuning_epochs > 0:
-        start = start_tuning(job.skeleton, job.recipe.tuning, rows, held_out, job.device)
+        no_room = why_not_tuned(job.recipe, job.plan, job.device)
+        if no_room is None:
+            start = start_tuning(job.skeleton, job.recipe.tuning, rows, held_out, job.device)
+        else:
+            emit(Caution(no_room))
+            tuning = TuningDecision(0, None, None, no_room)
     emit(TaskStarted(_TASK, num_blocks))
     decisions, tunable = [], []
     for index in range(num_blocks):
@@ -80,14 +85,13 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
             clock.enter(name)
             emit(TaskAdvanced(_TASK, index, name))
 
-        result, block = _one_block(job, index, streams, stage, writer)
+        result, block = _one_block(job, index, streams, stage, writer, tunes=start is not None)
         decisions.append(result.decision)
         tunable.append(block)
         clock.enter("")
         emit(_finished(result.decision, num_blocks, time.monotonic() - started))
         emit(TaskAdvanced(_TASK, index + 1))
     emit(TaskFinished(_TASK))
-    tuning = None
     if start is not None and streams is not None:
         clock.enter("tune")
         tuning, moved = finish_tuning(job.skeleton, job.recipe, job.plan.stored_dtype, start, streams, tunable, emit)
@@ -115,7 +119,7 @@ def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) 
 
 
 def _one_block(
-    job: Run, index: int, streams: Streams | None, stage: Stage, writer: CheckpointWriter
+    job: Run, index: int, streams: Streams | None, stage: Stage, writer: CheckpointWriter, *, tunes: bool
 ) -> tuple[BlockResult, TunableBlock | None]:
     stage("read")
     block = job.skeleton.load_block(index, job.device)
@@ -125,7 +129,7 @@ def _one_block(
         result = quantize_block(context, streams, stage)
         stage("write")
         _write(job, context, result, writer)
-        return result, tunable_block(context, result) if job.recipe.tuning_epochs > 0 else None
+        return result, tunable_block(context, result) if tunes else None
     finally:
         job.skeleton.release_block(index)
 

@@ -43,4 +43,5 @@ def start_streams(
         probe=HiddenStates(skeleton, rows.rows(slice(0, _PROBE_ROWS)), device),
         held_out=None if held_out is None else stream(held_out, _CHECK_BATCH_DIVISOR),
         gradients=gradients,
+        weights=rows.weights,
     )

@@ -36,7 +36,7 @@ class Stepping:
 
 STEPPING = {
     "groups": Stepping(4096, 1e-3),  # 3e-3 was worse at 4 bits (docs/log.md)
-    "rows": Stepping(2048, 1.5e-3),
+    "rows": Stepping(1024, 1e-3),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,18 @@ from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.block_step import BlockResult
 from awqkit.pipeline.context import BlockContext, Streams
+from awqkit.pipeline.free_memory import free_bytes
+from awqkit.pipeline.plan import RunPlan
 from awqkit.pipeline.tunable_block import TunableBlock
 from awqkit.pipeline.tune import STEPPING, TuningRows, tune
 from awqkit.recipe import Recipe
 
 _TASK = "tune"
+_SHARE_OF_FREE = 0.5  # of the free memory, for what is kept of all blocks
+_NO_ROOM = (
+    "scales are not tuned on the whole model: the codes of all blocks take {needed:.1f} GB, and {kind} has {free:.1f} "
+    "GB free, of which they may have half; tuning_epochs = 0 in a recipe file asks for that"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,19 @@ def start_tuning(
         return HiddenStates(skeleton, part, device, tokens_per_batch=STEPPING[tuning].tokens_per_step)
 
     return TuningStart(states(rows), None if held_out is None else states(held_out), rows, held_out)
+
+
+def why_not_tuned(recipe: Recipe, plan: RunPlan, device: torch.device) -> str | None:
+    """Why tuning is left out: what it keeps of all blocks does not fit into half of the free memory. None if it does.
+
+    What it keeps: a byte for every code (two at 8 bits), and what stays in full precision.
+    """
+    code_bytes = 1 if recipe.bits < 8 else 2
+    needed = sum(math.prod(linear.shape) * (code_bytes if linear.keep is None else 4) for linear in plan.linears)
+    free = free_bytes(device)
+    if free is None or needed <= _SHARE_OF_FREE * free:
+        return None
+    return _NO_ROOM.format(needed=needed / 1e9, free=free / 1e9, kind=device.type)
 
 
 def tunable_block(context: BlockContext, result: BlockResult) -> TunableBlock:
