@@ -13,7 +13,7 @@ from torch import Tensor
 
 from awqkit.evaluation.evaluate import Evaluation, evaluate_windows
 from awqkit.evaluation.perplexity import perplexity, token_losses
-from awqkit.numerics.divergence import same_top1, token_kl
+from awqkit.numerics.divergence import kl_gradient, same_top1, token_kl
 
 CPU = torch.device("cpu")
 WINDOWS = torch.tensor(token_rows(7, 24))
@@ -112,3 +112,9 @@ def test_losses_in_bfloat16_are_summed_in_float32() -> None:
 
 def test_json_has_the_promised_keys(models: tuple[Any, Any]) -> None:
     assert {"perplexity", "kl", "top1_agreement", "tokens"} <= set(_score(models[0]).to_json())
+
+
+def test_the_gradient_of_the_kl_is_autograds() -> None:
+    reference, logits = torch.randn(2, 3, 7), torch.randn(2, 3, 7, requires_grad=True)
+    token_kl(reference, logits).sum().backward()
+    torch.testing.assert_close(kl_gradient(reference, logits.detach()), logits.grad, rtol=1e-5, atol=1e-6)

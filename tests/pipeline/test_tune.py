@@ -202,3 +202,37 @@ def test_tuning_that_has_no_room_is_left_out_and_said(tmp_path: Path, monkeypatc
     before, after = written(plain.directory), written(tuned.directory)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_step_descends_the_mean_kl_of_its_real_tokens() -> None:
+    ids = token_ids(2, 24)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 15:] = False
+    skeleton, blocks, rows = _quantized(ids, "rows")
+    padded = TuningRows(TokenRows(ids, mask), hidden_states(skeleton, ids, mask), rows.last)
+    with skeleton.head(CPU) as head:
+        tune_module._backward(head, blocks, padded, 0, False)
+        found = [leaf.grad.clone() for block in blocks for leaf in block.leaves]
+        for block in blocks:
+            for leaf in block.leaves:
+                leaf.grad = None
+        _, hidden, calls, real = padded.first.batch(0)
+        with torch.enable_grad():
+            for block, call in zip(blocks, calls, strict=True):
+                hidden = block(hidden, call)
+            kl = token_kl(head(ids, current(rows.last), real), head(ids, hidden, real))
+            sum(kl[row][mask[row]].mean() for row in range(2)).div(2).backward()
+    expected = [leaf.grad for block in blocks for leaf in block.leaves]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
+def test_held_weights_change_nothing_but_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = token_ids(4, 24)
+    changes = []
+    for hold in (TunableLinear.hold, lambda self: None):
+        monkeypatch.setattr(TunableLinear, "hold", hold)
+        skeleton, blocks, rows = _quantized(ids, "rows")
+        _tune(skeleton, blocks, rows, 3, STEPPING["rows"])
+        changes.append([leaf.detach().clone() for block in blocks for leaf in block.leaves])
+    assert all(torch.equal(one, other) for one, other in zip(*changes, strict=True))

@@ -33,15 +33,23 @@ class TunableLinear:
         steps = grouped.to(torch.float32) - grid.group_zero.unsqueeze(-1)
         self._steps = steps.to(torch.int8 if grid.bits < 8 else torch.int16)
         scale = grid.group_scale[:, :1] if self.per_row else grid.group_scale
+        self._held: Tensor | None = None
         self.log_change = torch.zeros_like(scale, requires_grad=True)
 
     def weight(self) -> Tensor:
         """(q − z) Δ e^θ as the parameter is, float32, differentiable in θ; for rows without e^θ, see `scaled`."""
+        if self._held is not None:
+            return self._held
         scale = self._grid.group_scale
         if not self.per_row:
             scale = scale * self.log_change.exp()
         weight = (self._steps * scale.unsqueeze(-1)).flatten(1)
         return weight.t() if self._transposed else weight
+
+    def hold(self) -> None:
+        """Keep `weight` where it does not change: for rows."""
+        if self.per_row:
+            self._held = self.weight()
 
     def scaled(self, outputs: Tensor, bias: Tensor | None) -> Tensor:
         """What the linear gives, `[..., out]`, with rows at e^θ, from what it gives with them at 1; differentiable."""

@@ -11,6 +11,11 @@ def token_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
     return (reference.exp() * (reference - logits.float().log_softmax(dim=-1))).sum(dim=-1)
 
 
+def kl_gradient(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """The derivative of each position's `token_kl` by its own logits, softmax(model) − softmax(reference), float32."""
+    return logits.float().softmax(dim=-1).sub_(reference_logits.float().softmax(dim=-1))
+
+
 def same_top1(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """Whether both put the same token first, bool `[...]`."""
     return reference_logits.argmax(dim=-1) == logits.argmax(dim=-1)

@@ -54,6 +54,11 @@ class TunableBlock:
             outputs = functional_call(self.module, tensors, (hidden, *call.args), dict(call.kwargs))
         return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
 
+    def hold_weights(self) -> None:
+        """Make weights that no step changes once for all steps, where there is room for those of all blocks."""
+        for linear in self.linears.values():
+            linear.hold()
+
     @property
     def leaves(self) -> list[Tensor]:
         """Everything that a gradient step moves."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from awqkit.model.skeleton import Skeleton
-from awqkit.numerics.divergence import token_kl
+from awqkit.numerics.divergence import kl_gradient, token_kl
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.free_memory import free_bytes
 from awqkit.pipeline.tunable_block import TunableBlock, kept_bytes
@@ -76,6 +76,9 @@ def tune(
     with skeleton.head(device) as head:
         before = None if held_out is None else _mean_kl(head, blocks, held_out)
         recompute = not _fits(blocks, calibration.first)
+        if not recompute:
+            for block in blocks:
+                block.hold_weights()
         for done, position in enumerate(visits):
             for group in optimizer.param_groups:
                 group["lr"] = stepping.learning_rate * _schedule(done, len(visits))
@@ -125,9 +128,14 @@ def _backward(head: Head, blocks: Sequence[TunableBlock], rows: TuningRows, posi
     gradient = torch.empty_like(hidden)
     for row in range(len(hidden)):  # row by row: logits are the largest tensors there are
         one = slice(row, row + 1)
+        real = None if mask is None else mask[one]
         leaf = hidden[one].detach().requires_grad_(True)
         with torch.enable_grad():
-            _row_kl(head, ids[one], goal[one], leaf, None if mask is None else mask[one]).mean().backward()
+            logits = head(ids[one], leaf, real)
+        with torch.no_grad():
+            felt = kl_gradient(head(ids[one], goal[one], real), logits)
+            felt = felt / felt.shape[1] if real is None else felt * (real / real.sum()).unsqueeze(-1)
+        logits.backward(felt.to(logits.dtype))
         gradient[one] = leaf.grad
     hidden.backward(gradient / len(hidden))
 
