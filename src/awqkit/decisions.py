@@ -184,6 +184,28 @@ class CalibrationSummary:
         return self.tokens_found - self.tokens_used
 
 
+def block_decision_of(content: dict[str, Any]) -> BlockDecision:
+    """The BlockDecision that `as_json` gave `content` for."""
+    folds, linears, kept = ([dict(entry) for entry in content[key]] for key in ("folds", "linears", "kept"))
+    for fold in folds:
+        fold["consumers"] = tuple(fold["consumers"])
+        if fold["alpha"] is not None:
+            fold["alpha"] = AlphaSummary(**{**fold["alpha"], "counts": tuple(fold["alpha"]["counts"])})
+        if fold["scale"] is not None:
+            fold["scale"] = ScaleSummary(**{**fold["scale"], "log2_counts": tuple(fold["scale"]["log2_counts"])})
+    for linear in linears:
+        linear["shape"], linear["clip_counts"] = tuple(linear["shape"]), tuple(linear["clip_counts"])
+        linear["saliency"] = tuple((channels, error) for channels, error in linear["saliency"])
+    for entry in kept:
+        entry["shape"] = tuple(entry["shape"])
+    made = {
+        "folds": tuple(FoldDecision(**fold) for fold in folds),
+        "linears": tuple(LinearDecision(**linear) for linear in linears),
+        "kept": tuple(KeptDecision(**entry) for entry in kept),
+    }
+    return BlockDecision(**{**content, **made})
+
+
 def as_json(decision: Any) -> Any:
     """A Decision, or a container of them, as JSON-able dicts, lists and numbers."""
     if dataclasses.is_dataclass(decision) and not isinstance(decision, type):

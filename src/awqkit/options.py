@@ -12,8 +12,12 @@ class RunOptions:
     device: "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:N".
     overwrite: replace OUT if it exists.
     trust_remote_code: run modelling code that the checkpoint brings along.
+    save_every: seconds from one durable point of a run to the next, at least; 0 has one after every block.
+    restart: throw away what a stopped run left, and begin anew.
     """
 
     device: str = "auto"
     overwrite: bool = False
     trust_remote_code: bool = False
+    save_every: float = 60.0
+    restart: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,23 @@ _GIST_CHARS = 160
 _ROOM = 1.3  # memory ÷ weights: what the cache of a few passages and the activations need beside them
 
 
+@dataclass(frozen=True, slots=True)
+class OwnText:
+    """What a model wrote: rows `[rows, tokens]` for calibration and then held-out ones, or why there are none."""
+
+    ids: Tensor
+    failed: str | None = None
+
+
+def own_text(rows: CalibrationRows) -> OwnText:
+    """What the model wrote of rows that `with_generated` gave."""
+    summary = rows.summary
+    parts = [rows.calibration.ids[summary.rows :]]
+    if rows.held_out is not None:
+        parts.append(rows.held_out.ids[summary.held_out_rows :])
+    return OwnText(torch.cat(parts), summary.not_generated)
+
+
 def with_generated(
     rows: CalibrationRows,
     recipe: Recipe,
@@ -33,15 +50,20 @@ def with_generated(
     device: torch.device,
     options: RunOptions,
     emit: Emit,
+    kept: OwnText | None = None,
 ) -> CalibrationRows:
     """The rows, and behind them `recipe.generated` times as many that the model wrote, of the held-out ones as well.
 
-    A model that does not fit into memory as a whole, or cannot generate, writes nothing: a Caution says so, and the
-    summary has the reason.
+    kept: what the model wrote in an earlier run, which is taken as it is. A model that does not fit into memory as a
+    whole, or cannot generate, writes nothing: a Caution says so, and the summary has the reason.
     """
     counts = [round(recipe.generated * count) for count in (rows.summary.rows, rows.summary.held_out_rows)]
     if not sum(counts):
         return rows
+    if kept is not None:
+        if kept.failed is not None:
+            return replace(rows, summary=replace(rows.summary, not_generated=kept.failed))
+        return _joined(rows, kept.ids, counts, recipe)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     needed, free = _needed_bytes(checkpoint, dtype), free_bytes(device)
     if free is not None and needed > free:
@@ -62,6 +84,10 @@ def with_generated(
     if failed is not None:
         return _without(rows, failed, emit)
     emit(Notice(f"and {counts[0]} rows, {counts[1]} held out, that the model wrote itself"))
+    return _joined(rows, ids, counts, recipe)
+
+
+def _joined(rows: CalibrationRows, ids: Tensor, counts: list[int], recipe: Recipe) -> CalibrationRows:
     held_out = None if rows.held_out is None else rows.held_out.joined(TokenRows(ids[counts[0] :]))
     summary = replace(rows.summary, generated_rows=counts[0], generated_held_out_rows=counts[1])
     own = TokenRows(ids[: counts[0]]).weighing(recipe.generated_weight)

@@ -14,7 +14,8 @@ import torch
 
 from awqkit.api.calibration_rows import CalibrationRows, given_rows, rows_text, text_rows
 from awqkit.api.device import choose_device
-from awqkit.api.generated_rows import with_generated
+from awqkit.api.fingerprint import changed_environment, environment, fingerprint
+from awqkit.api.generated_rows import OwnText, own_text, with_generated
 from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
 from awqkit.api.report_page import check_report_path, write_report
 from awqkit.api.source import open_source
@@ -22,6 +23,7 @@ from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.output import refuse_output
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.checkpoint.reports import REPORT_FILE, TIMINGS_FILE
+from awqkit.checkpoint.run_state import RunState
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
 from awqkit.errors import OutputError
 from awqkit.events import Caution, Emit, Notice, ignore_events
@@ -31,6 +33,7 @@ from awqkit.model.matrices import parameter_of
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import library_versions, load_config, load_text_encoder
 from awqkit.options import RunOptions
+from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, written_before
 from awqkit.pipeline.layout import OutputLayout, plan_output
 from awqkit.pipeline.plan import BlockPlan, RunPlan, plan_run
 from awqkit.pipeline.run import Run, run
@@ -97,21 +100,37 @@ def quantize(
     cautions = (*filter(None, [source.caution]), *written.cautions(shapes, scheme))
     for text in (*_idle_choices(recipe, plan, skeleton), *cautions):
         emit(Caution(text))
-    generating = time.monotonic()
-    if rows is not None:
-        rows = with_generated(rows, recipe, checkpoint, skeleton, device, options, emit)
-    generate_seconds = time.monotonic() - generating
     job = Run(checkpoint, skeleton, recipe, plan, layout, written, device)
-    with CheckpointWriter(out, plan_layout(layout.specs), options.overwrite) as writer:
-        held_out = None if rows is None else rows.held_out
-        outcome = run(job, None if rows is None else rows.calibration, held_out, writer, emit)
+    versions = _versions()
+    text = (None, None) if rows is None else (rows.calibration, rows.held_out)
+    known = fingerprint(checkpoint, recipe, *text, versions["awqkit"])
+    places = plan_layout(layout.specs)
+    with (
+        RunState(out, known, restart=options.restart) as state,
+        CheckpointWriter(
+            out,
+            places,
+            options.overwrite,
+            folder=state.checkpoint,
+            written=written_before(state),
+            spare_bytes=durable_bytes(recipe, plan, *text),
+        ) as writer,
+    ):
+        _tell_of_another_environment(state, environment(device, versions), emit)
+        generating = time.monotonic()
+        if rows is not None:
+            rows = _with_own_text(rows, state, recipe, checkpoint, skeleton, device, options, emit)
+        generate_seconds = time.monotonic() - generating
+        calibration_rows, held_out = (None, None) if rows is None else (rows.calibration, rows.held_out)
+        points = DurablePoints(state, writer, options.save_every)
+        outcome = run(job, calibration_rows, held_out, writer, points, emit)
         report = Report(
             model=_model_name(model),
             recipe=recipe if rows is None else replace(recipe, calibration=rows.summary.source),
             group_size=plan.group_size,
             stored_dtype=str(stored_dtype).removeprefix("torch."),
             device=device.type,
-            versions=_versions(),
+            versions=versions,
             calibration=None if rows is None else rows.summary,
             blocks=outcome.blocks,
             tuning=outcome.tuning,
@@ -127,9 +146,44 @@ def quantize(
         timings = {"seconds": seconds, "stages": {"generate": generate_seconds, **outcome.seconds}}
         writer.write_json(TIMINGS_FILE, timings)
         writer.commit()
+        state.complete()
     if report_page is not None:
         _write_page(report_page, report, timings, out)
     return QuantizeResult(out, report, time.monotonic() - started)
+
+
+_OWN_TEXT = "own-text.safetensors"
+
+
+def _with_own_text(
+    rows: CalibrationRows,
+    state: RunState,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    device: torch.device,
+    options: RunOptions,
+    emit: Emit,
+) -> CalibrationRows:
+    """The rows with those that the model writes, now or in the run that goes on."""
+    kept = None
+    if state.journal:
+        kept = OwnText(state.load(_OWN_TEXT)["ids"], state.journal["own_text_failed"])
+    rows = with_generated(rows, recipe, checkpoint, skeleton, device, options, emit, kept)
+    state.lasting.append(_OWN_TEXT)
+    if kept is None:
+        found = own_text(rows)
+        state.save(_OWN_TEXT, {"ids": found.ids})
+        state.note(own_text_failed=found.failed)
+    return rows
+
+
+def _tell_of_another_environment(state: RunState, now: dict[str, str], emit: Emit) -> None:
+    if state.journal:
+        told = changed_environment(state.journal["environment"], now)
+        if told is not None:
+            emit(Caution(told))
+    state.note(environment=now)
 
 
 def _rows(

@@ -95,6 +95,11 @@ class Checkpoint:
         return {part: name for name, each in self.derived.items() for part in each.parts if part != name}
 
     @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """Every tensor as it lies on the disk."""
+        return tuple((self._on_disk or self.tensors).values())
+
+    @property
     def names(self) -> tuple[str, ...]:
         """All tensor names, file by file in the order of the data."""
         return tuple(self.tensors)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from torch import Tensor
 from awqkit.checkpoint.header import TensorSpec, encode_header
 from awqkit.checkpoint.output import DISK_FULL, disk_errors, refuse_existing, refuse_full_disk, refuse_parent
 from awqkit.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from awqkit.checkpoint.sync import sync_file, sync_folder
 from awqkit.errors import OutputError
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's and transformers' custom
@@ -107,9 +109,22 @@ class CheckpointWriter:
     Entering checks OUT, its parent and the free space, then creates the temporary folder with all shards at
     full size. Every problem with the place or the disk is an OutputError; misuse by our own code is a
     ValueError.
+
+    folder: in the place of a temporary one, and left where it is without `commit`. written: what an earlier writer left
+    in it, as `checksums` gave it; it is compared with the disk, but for what has None. spare_bytes: that must be free
+    beside the checkpoint.
     """
 
-    def __init__(self, out: Path, layout: Layout, overwrite: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        layout: Layout,
+        overwrite: bool,
+        *,
+        folder: Path | None = None,
+        written: Mapping[str, int | None] | None = None,
+        spare_bytes: int = 0,
+    ) -> None:
         self._out = Path(os.path.realpath(out))  # where OUT is a link, what it points to is replaced
         self._layout = layout
         self._overwrite = overwrite
@@ -119,7 +134,9 @@ class CheckpointWriter:
             for spec, offset in zip(shard.specs, shard.offsets, strict=True)
         }
         self._pending = set(self._places)
+        self._given, self._written, self._spare_bytes = folder, dict(written or {}), spare_bytes
         self._folder: Path | None = None
+        self._unsynced: set[str] = set()
 
     @property
     def folder(self) -> Path:
@@ -131,9 +148,13 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         refuse_existing(self._out, self._overwrite)
         refuse_parent(self._out)
-        refuse_full_disk(self._out.parent, self._layout.file_bytes)
+        if self._written:
+            self._folder = self._given
+            self._check_written()
+            return self
+        refuse_full_disk(self._out.parent, self._layout.file_bytes + self._spare_bytes)
         try:
-            self._folder = _make_sibling(self._out, "awqkit")
+            self._folder = self._given or _make_sibling(self._out, "awqkit")
             for shard in self._layout.shards:
                 with disk_errors(self._out):
                     _preallocate(self._folder / shard.file_name, shard)
@@ -170,10 +191,43 @@ class CheckpointWriter:
             raise ValueError(
                 f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, the layout has {spec.dtype} {spec.shape}"
             )
-        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
         with disk_errors(self._out), (self.folder / file_name).open("r+b") as stream:
             stream.seek(offset)
-            stream.write(memoryview(data))
+            stream.write(data)
+        self._written[name] = zlib.crc32(data)
+        self._unsynced.add(file_name)
+
+    def has(self, name: str) -> bool:
+        """Whether the tensor is written."""
+        return name in self._places and name not in self._pending
+
+    def checksums(self) -> dict[str, int | None]:
+        """Name -> CRC-32 of every tensor that is written, once all of them are durable."""
+        with disk_errors(self._out):
+            for file_name in sorted(self._unsynced):
+                sync_file(self.folder / file_name)
+            sync_folder(self.folder)
+        self._unsynced.clear()
+        return dict(self._written)
+
+    def _check_written(self) -> None:
+        for name, checksum in self._written.items():
+            self._pending.discard(name)
+            if checksum is None:
+                continue
+            spec, file_name, offset = self._places[name]
+            try:
+                with (self.folder / file_name).open("rb") as stream:
+                    stream.seek(offset)
+                    found = zlib.crc32(stream.read(spec.num_bytes))
+            except OSError as error:
+                raise OutputError(f"{self.folder / file_name}: cannot be read ({error.strerror or error})") from error
+            if found != checksum:
+                raise OutputError(
+                    f"{self._out}: tensor {name} of the stopped run that is kept has changed on the disk; --restart "
+                    "throws it away"
+                )
 
     def write_text(self, name: str, text: str) -> None:
         """Writes `text` as file `name`, UTF-8 with plain newlines."""
@@ -202,7 +256,7 @@ class CheckpointWriter:
         self._folder = None
 
     def _remove_folder(self) -> None:
-        if self._folder is not None:
+        if self._folder is not None and self._given is None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
@@ -237,19 +291,8 @@ def _preallocate(file: Path, shard: Shard) -> None:
 def _sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb+") as stream:
-                os.fsync(stream.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there, nor needs it
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync_file(path)
+    sync_folder(folder)
 
 
 def _replace(folder: Path, out: Path) -> None:
@@ -265,6 +308,6 @@ def _replace(folder: Path, out: Path) -> None:
         if old is not None:
             old.replace(out)
         raise
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -15,6 +15,7 @@ EXIT_FAILURE, EXIT_WRONG_USE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What torch and safetensors (Rust) put into errors of their own classes.
 _DISK_FULL_TEXT = "No space left on device"
+_KEPT_ATTRIBUTE = "awqkit_kept"  # what a stopped run says of itself, see checkpoint.run_state
 _OUT_OF_MEMORY_CLASS = "OutOfMemoryError"  # torch's, told by its name: torch must not be imported for this
 
 
@@ -29,10 +30,10 @@ class CommandLineError(UsageError):
 def report_failure(error: BaseException, prog: str) -> int:
     """Print what `error` means to a user and return the exit code. `prog` is "awqkit" or "awqkit VERB"."""
     if isinstance(error, Terminated):
-        print_error("awqkit: terminated, nothing was left behind")
+        print_error(f"awqkit: terminated, {_left(error)}")
         return EXIT_TERMINATED
     if isinstance(error, KeyboardInterrupt):
-        print_error("awqkit: interrupted, nothing was left behind")
+        print_error(f"awqkit: interrupted, {_left(error)}")
         return EXIT_INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return _reader_left()
@@ -42,17 +43,23 @@ def report_failure(error: BaseException, prog: str) -> int:
         where = getattr(error, "filename", None)
         print_error(
             f"awqkit: error: disk full{f' while writing {where}' if where else ''}: "
-            "nothing was left behind, free some space and run again"
+            f"{_left(error)}, free some space and run again"
         )
         return EXIT_FAILURE
     if isinstance(error, MemoryError) or type(error).__name__ == _OUT_OF_MEMORY_CLASS:
-        print_error(f"awqkit: error: out of memory ({_first_sentence(error)}): nothing was left behind")
+        print_error(f"awqkit: error: out of memory ({_first_sentence(error)}): {_left(error)}")
         return EXIT_FAILURE
     return _bug(error)
 
 
+def _left(error: BaseException) -> str:
+    return getattr(error, _KEPT_ATTRIBUTE, "nothing was left behind")
+
+
 def _expected(error: AwqkitError, prog: str) -> int:
     text = " ".join(str(error).split())
+    if hasattr(error, _KEPT_ATTRIBUTE):
+        text = f"{text}; {_left(error)}"
     if error.exit_code != EXIT_WRONG_USE:
         print_error(f"awqkit: error: {text}")
     else:
@@ -69,6 +76,8 @@ def _reader_left() -> int:
 
 def _bug(error: BaseException) -> int:
     print_error("".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip())
+    if hasattr(error, _KEPT_ATTRIBUTE):
+        print_error(f"awqkit: {_left(error)}")
     from awqkit import __version__
 
     print_error(

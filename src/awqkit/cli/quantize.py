@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awqkit.cli.arguments import Parser, add_run_options, check_device, run_options, write_json
+from awqkit.cli.arguments import Parser, add_run_options, check_device, run_options, whole_number, write_json
 from awqkit.cli.console import Console, size_text
 from awqkit.cli.recipe_flags import add_recipe_options, recipe_from, unused_flags
 from awqkit.events import BlockFinished, Event, Notice
+from awqkit.options import RunOptions
 
 if TYPE_CHECKING:
     from awqkit.api.quantize import QuantizeResult
@@ -75,6 +77,14 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("the run")
     group.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     group.add_argument(
+        "--restart", action="store_true", help="throw away what a stopped run left, instead of going on from there"
+    )
+    group.add_argument(
+        "--save-every", type=whole_number(0), default=RunOptions.save_every, metavar="SECONDS",
+        help="how often, at least, a run is made durable, between two blocks: a run that is stopped, even killed, goes "
+        "on from there with the same command (default: 60)",
+    )  # fmt: skip
+    group.add_argument(
         "--recipe",
         type=Path,
         metavar="FILE.toml",
@@ -90,7 +100,7 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Quantize as `args` say and print the report. Raises AwqkitError."""
     recipe = recipe_from(args)
-    options = run_options(args, overwrite=args.overwrite)
+    options = replace(run_options(args, overwrite=args.overwrite), restart=args.restart, save_every=args.save_every)
     num_fallbacks = 0
 
     def count(event: Event) -> None:

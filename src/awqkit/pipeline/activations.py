@@ -105,6 +105,15 @@ class HiddenStates:
             yield part, self._states[part].to(self._device), self._calls[self._key(part)][block], mask
 
     @property
+    def values(self) -> Tensor:
+        """All of them, wherever they are kept."""
+        return self._states
+
+    def restore(self, values: Tensor) -> None:
+        """Be where `values`, of the same shape, say."""
+        self._states.copy_(values)
+
+    @property
     def device(self) -> torch.device:
         """Where batches are handed out."""
         return self._device

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.checkpoint.writer import CheckpointWriter
 from awqkit.decisions import BlockDecision, TuningDecision
 from awqkit.errors import CheckpointError
-from awqkit.events import BlockFinished, Caution, Emit, TaskAdvanced, TaskFinished, TaskStarted
+from awqkit.events import BlockFinished, Caution, Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.formats.format import Format
 from awqkit.model.matrices import with_stacks_whole
 from awqkit.model.skeleton import Skeleton
@@ -20,6 +21,7 @@ from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
 from awqkit.pipeline.context import BlockContext, Streams
+from awqkit.pipeline.durable_points import DurablePoints
 from awqkit.pipeline.layout import OutputLayout, packed_parts
 from awqkit.pipeline.plan import BlockPlan, RunPlan
 from awqkit.pipeline.stage_clock import StageClock
@@ -53,18 +55,27 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: CheckpointWriter, emit: Emit) -> Outcome:
+def run(
+    job: Run,
+    rows: TokenRows | None,
+    held_out: TokenRows | None,
+    writer: CheckpointWriter,
+    points: DurablePoints,
+    emit: Emit,
+) -> Outcome:
     """Quantize every block and write every tensor. rows: None for a recipe that looks at no text.
 
-    Raises CheckpointError where a tensor holds NaN or inf.
+    points: where an earlier run got to, and how often this one is made durable. Raises CheckpointError where a tensor
+    holds NaN or inf.
     """
     clock, num_blocks = StageClock(), len(job.plan.blocks)
+    clock.seconds.update(points.seconds)
     clock.enter("copy")
     inside = tuple(f"{block.path}." for block in job.plan.blocks)
     names = (name for name in job.skeleton.names() if name.startswith(inside))
     in_blocks = {disk for name in names for disk in job.skeleton.disk_names(name)}
     for name in job.layout.kept:
-        if name not in in_blocks:
+        if name not in in_blocks and not writer.has(name):
             _copy(job, name, writer)
     clock.enter("start")
     streams = None if rows is None else _streams(job, rows, held_out, emit)
@@ -77,8 +88,17 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
             emit(Caution(no_room))
             tuning = TuningDecision(0, None, None, no_room)
     emit(TaskStarted(_TASK, num_blocks))
-    decisions, tunable = [], []
-    for index in range(num_blocks):
+    decisions, tunable = points.decisions, list[TunableBlock | None]()
+    if points.blocks:
+        emit(Notice(f"an earlier run was stopped: going on after block {points.blocks} of {num_blocks}"))
+        clock.enter("resume")
+        if streams is not None:
+            points.restore(streams)
+        tunable += [
+            _finished_block(job, index, points) if start is not None else None for index in range(points.blocks)
+        ]
+        emit(TaskAdvanced(_TASK, points.blocks))
+    for index in range(points.blocks, num_blocks):
         started = time.monotonic()
 
         def stage(name: str, index: int = index) -> None:
@@ -88,6 +108,10 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
         result, block = _one_block(job, index, streams, stage, writer, tunes=start is not None)
         decisions.append(result.decision)
         tunable.append(block)
+        clock.enter("save")
+        if block is not None:
+            points.keep_result(index, result)
+        points.after_block(num_blocks, decisions, streams, clock.seconds)
         clock.enter("")
         emit(_finished(result.decision, num_blocks, time.monotonic() - started))
         emit(TaskAdvanced(_TASK, index + 1))
@@ -95,6 +119,7 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
     if start is not None and streams is not None:
         clock.enter("tune")
         tuning, moved = finish_tuning(job.skeleton, job.recipe, job.plan.stored_dtype, start, streams, tunable, emit)
+        points.before_rewriting()
         for index, (linears, gains) in enumerate(moved):
             _rewrite(job, index, linears, gains, writer)
         clock.enter("")
@@ -118,14 +143,28 @@ def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) 
     return streams
 
 
+def _finished_block(job: Run, index: int, points: DurablePoints) -> TunableBlock:
+    """A block that an earlier run has finished, as tuning needs it."""
+    block = job.skeleton.load_block(index, job.device)
+    try:
+        context = _context(job, index, block)
+        return tunable_block(context, points.result(context.block_plan, job.device))
+    finally:
+        job.skeleton.release_block(index)
+
+
+def _context(job: Run, index: int, block: nn.Module) -> BlockContext:
+    parameters = {name: value.data for name, value in block.named_parameters()}
+    return BlockContext(job.skeleton, job.plan, job.plan.blocks[index], job.recipe, block, parameters)
+
+
 def _one_block(
     job: Run, index: int, streams: Streams | None, stage: Stage, writer: CheckpointWriter, *, tunes: bool
 ) -> tuple[BlockResult, TunableBlock | None]:
     stage("read")
     block = job.skeleton.load_block(index, job.device)
     try:
-        parameters = {name: value.data for name, value in block.named_parameters()}
-        context = BlockContext(job.skeleton, job.plan, job.plan.blocks[index], job.recipe, block, parameters)
+        context = _context(job, index, block)
         result = quantize_block(context, streams, stage)
         stage("write")
         _write(job, context, result, writer)

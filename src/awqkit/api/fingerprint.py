@@ -1,0 +1,66 @@
+"""What must be the same for a stopped run to go on, and what should be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from awqkit.checkpoint.reader import Checkpoint
+from awqkit.errors import CheckpointError
+from awqkit.pipeline.activations import TokenRows
+from awqkit.recipe import Recipe
+
+
+def fingerprint(
+    checkpoint: Checkpoint, recipe: Recipe, rows: TokenRows | None, held_out: TokenRows | None, version: str
+) -> dict[str, Any]:
+    """Item -> value; where one differs the run would write other bytes. version: of awqkit.
+
+    A file of the checkpoint is known by its size and the time when it was changed.
+    """
+    files = {}
+    for file in sorted({tensor.file for tensor in checkpoint.stored}):
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be looked at ({error.strerror or error})") from error
+        files[file.name] = [found.st_size, found.st_mtime_ns]
+    return {
+        "awqkit": version,
+        "recipe": recipe.to_dict(),
+        "model files": files,
+        "config.json": _digest(json.dumps(checkpoint.config, sort_keys=True, default=str).encode()),
+        "calibration text": _digest(*(_bytes(part) for part in (rows, held_out) if part is not None)),
+    }
+
+
+def environment(device: torch.device, versions: Mapping[str, str]) -> dict[str, str]:
+    """What the last bits of floating point may depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return {"device": name, **{key: value for key, value in versions.items() if key in ("torch", "transformers")}}
+
+
+def changed_environment(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """What to tell where a run goes on in another environment; None where it is the same."""
+    differs = [f"{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value]
+    if not differs:
+        return None
+    return (
+        f"the stopped run goes on elsewhere ({'; '.join(differs)}): its last bits may not be those of an unbroken one"
+    )
+
+
+def _bytes(rows: TokenRows) -> bytes:
+    mask = b"" if rows.mask is None else rows.mask.numpy().tobytes()
+    return str(tuple(rows.ids.shape)).encode() + rows.ids.numpy().tobytes() + mask
+
+
+def _digest(*parts: bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]

@@ -1,0 +1,143 @@
+"""Durable points of a run: after some blocks, everything that the rest depends on goes to the disk.
+
+A run that was stopped starts again at the last of them. Blocks that were finished after it are quantized again, which
+gives the same bytes: see docs/decisions/0021.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from awqkit.checkpoint.run_state import RunState
+from awqkit.checkpoint.writer import CheckpointWriter
+from awqkit.decisions import BlockDecision, as_json, block_decision_of
+from awqkit.numerics.grid import Grid, QuantizedWeight
+from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.block_step import BlockResult
+from awqkit.pipeline.context import Streams
+from awqkit.pipeline.plan import BlockPlan, RunPlan
+from awqkit.recipe import Recipe
+
+_LARGEST_SHARE = 0.05  # of the time, for durable points; where they take long they come less often
+
+
+class DurablePoints:
+    """Those of one run. every: seconds from one to the next, at least; 0 has one after every block."""
+
+    def __init__(self, state: RunState, writer: CheckpointWriter, every: float) -> None:
+        self._state, self._writer, self._every = state, writer, every
+        self._since, self._due_after = time.monotonic(), every
+        self._results = [name for name in state.journal.get("files", ()) if name.startswith("block-")]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks an earlier run has finished."""
+        return self._state.journal.get("blocks", 0)
+
+    @property
+    def decisions(self) -> list[BlockDecision]:
+        """Those of the blocks that an earlier run has finished."""
+        return [block_decision_of(content) for content in self._state.journal.get("decisions", ())]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage, what an earlier run took until then."""
+        return dict(self._state.journal.get("seconds", {}))
+
+    def restore(self, streams: Streams) -> None:
+        """Put the streams where the earlier run's were."""
+        tensors = self._state.load(self._state.journal["states"])
+        for name, states in _named(streams).items():
+            states.restore(tensors[name])
+
+    def keep_result(self, index: int, result: BlockResult) -> None:
+        """Write what tuning starts from: a block as it was quantized."""
+        name = f"block-{index:05d}.safetensors"
+        tensors = {f"stored {key}": value for key, value in result.stored.items()}
+        for linear, weight in result.quantized.items():
+            tensors |= {
+                f"codes {linear}": weight.codes,
+                f"scale {linear}": weight.grid.group_scale,
+                f"zero {linear}": weight.grid.group_zero,
+            }
+        self._state.save(name, tensors)
+        self._results.append(name)
+
+    def result(self, block: BlockPlan, device: torch.device) -> BlockResult:
+        """What `keep_result` wrote for a block in an earlier run."""
+        tensors = {name: value.to(device) for name, value in self._state.load(self._results[block.index]).items()}
+        quantized, stored = {}, {}
+        for key, value in tensors.items():
+            kind, name = key.split(" ", 1)
+            if kind == "stored":
+                stored[name] = value
+            elif kind == "codes":
+                plan = block.linears[name]
+                size = value.shape[1] // tensors[f"scale {name}"].shape[1]
+                grid = Grid(plan.bits, size, plan.symmetric, tensors[f"scale {name}"], tensors[f"zero {name}"])
+                quantized[name] = QuantizedWeight(value, grid)
+        return BlockResult(quantized, stored, self.decisions[block.index])
+
+    def after_block(
+        self,
+        num_blocks: int,
+        decisions: Sequence[BlockDecision],
+        streams: Streams | None,
+        seconds: Mapping[str, float],
+    ) -> None:
+        """Make one where it is time. decisions: of all blocks so far."""
+        began = time.monotonic()
+        if began - self._since < self._due_after or len(decisions) == num_blocks:
+            return
+        states, done = None, len(decisions)
+        if streams is not None:
+            states = f"states-{done:05d}.safetensors"
+            self._state.save(states, {name: found.values for name, found in _named(streams).items()})
+        self._state.record(
+            blocks=done,
+            told=f"{done} of {num_blocks} blocks are done",
+            decisions=as_json(list(decisions)),
+            written=self._writer.checksums(),
+            seconds=dict(seconds),
+            states=states,
+            files=[*self._state.lasting, *self._results[:done], *filter(None, [states])],
+        )
+        self._since = time.monotonic()
+        self._due_after = max(self._every, (self._since - began) / _LARGEST_SHARE if self._every else 0.0)
+
+    def before_rewriting(self) -> None:
+        """What is written of the blocks is about to change: their checksums say nothing from now on."""
+        if self._state.journal:
+            self._state.record(rewriting=True)
+
+
+def _named(streams: Streams) -> dict[str, HiddenStates]:
+    """All that moves from block to block."""
+    found = {"calibration": streams.calibration.original, "probe": streams.probe}
+    if streams.calibration.quantized is not None:
+        found["calibration quantized"] = streams.calibration.quantized
+    if streams.held_out is not None:
+        found["held out"] = streams.held_out.original
+        if streams.held_out.quantized is not None:
+            found["held out quantized"] = streams.held_out.quantized
+    return found
+
+
+def durable_bytes(recipe: Recipe, plan: RunPlan, rows: TokenRows | None, held_out: TokenRows | None) -> int:
+    """About how many bytes of disk durable points need at most, beside the checkpoint."""
+    if rows is None:
+        return 0
+    tokens = sum(part.ids.numel() for part in (rows, held_out) if part is not None)
+    width = plan.probe.hidden[0, 0].numel()
+    states = 4 * width * tokens * (2 if recipe.propagates else 1)
+    codes = sum(shape[0] * shape[1] for shape in (linear.shape for linear in plan.linears if linear.keep is None))
+    return 2 * states + (codes if recipe.tuning_epochs > 0 else 0)
+
+
+def written_before(state: RunState) -> dict[str, int | None]:
+    """Tensor name -> checksum, of what an earlier run left in the checkpoint; None where it may have been rewritten."""
+    rewriting = state.journal.get("rewriting", False)
+    return {name: None if rewriting else crc for name, crc in state.journal.get("written", {}).items()}
