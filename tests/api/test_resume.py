@@ -155,7 +155,7 @@ def test_changed_inputs_and_options_are_named_and_restart_begins_anew(
         _run(source, out, RECIPES["fast"], rows=token_rows(18, 24, seed=5))
     weights = source / "model.safetensors"
     os.utime(weights, ns=(1, 1))
-    with pytest.raises(OutputError, match="model.safetensors has changed|model.safetensors was"):
+    with pytest.raises(OutputError, match=r"model\.safetensors was"):
         _run(source, out, RECIPES["fast"])
     assert _kept(out).exists()
     _run(source, out, Recipe.preset("fast", **CHOICES, seed=1), RunOptions(device="cpu", save_every=0, restart=True))
