@@ -1,7 +1,7 @@
 """Durable points of a run: after some blocks, everything that the rest depends on goes to the disk.
 
 A run that was stopped starts again at the last of them. Blocks that were finished after it are quantized again, which
-gives the same bytes: see docs/decisions/0021.
+gives the same bytes: see docs/decisions/0023.
 """
 
 from __future__ import annotations
