@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from awqkit.api.calibration_rows import CalibrationRows
+from awqkit.api.given_model import GivenModel
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.errors import AwqkitError
 from awqkit.evaluation.load import load_checkpoint
@@ -21,6 +22,7 @@ from awqkit.recipe import Recipe
 
 _TASK = "step of the model's own text"
 _NONE = "the model writes no calibration rows of its own, the text is used alone: {}; --generated 0 asks for that"
+_PLAIN = "a plain module has no `generate`"
 _GIST_CHARS = 160
 _ROOM = 1.3  # memory ÷ weights: what the cache of a few passages and the activations need beside them
 
@@ -28,29 +30,30 @@ _ROOM = 1.3  # memory ÷ weights: what the cache of a few passages and the activ
 def with_generated(
     rows: CalibrationRows,
     recipe: Recipe,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    given: GivenModel,
     device: torch.device,
     options: RunOptions,
     emit: Emit,
 ) -> CalibrationRows:
     """The rows, and behind them `recipe.generated` times as many that the model wrote, of the held-out ones as well.
 
-    A model that does not fit into memory as a whole, or cannot generate, writes nothing: a Caution says so, and the
-    summary has the reason.
+    A plain module, and a model that does not fit into memory as a whole or cannot generate, writes nothing: a Caution
+    says so, and the summary has the reason.
     """
     counts = [round(recipe.generated * count) for count in (rows.summary.rows, rows.summary.held_out_rows)]
     if not sum(counts):
         return rows
+    if given.folder is None:
+        return _without(rows, _PLAIN, emit)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    needed, free = _needed_bytes(checkpoint, dtype), free_bytes(device)
+    needed, free = _needed_bytes(given.folder, dtype), free_bytes(device)
     if free is not None and needed > free:
         reason = f"as a whole it takes {needed / 1e9:.1f} GB, and {device.type} has {free / 1e9:.1f} GB free"
         return _without(rows, reason, emit)
     emit(TaskStarted(_TASK, 1))
     failed = None
     try:
-        ids = _written(rows, sum(counts), recipe.seed, checkpoint, skeleton, dtype, device, options, emit)
+        ids = _written(rows, sum(counts), recipe.seed, given.folder, given.skeleton, dtype, device, options, emit)
     except AwqkitError:
         raise
     except Exception as error:  # a model's own `generate` may be missing or fail in many ways; the text alone will do

@@ -1,9 +1,9 @@
-"""A checkpoint folder as a transformers model: full precision as it is, quantized with packed linears."""
+"""A checkpoint folder as a transformers model, or in a module that is there: quantized linears stay packed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from awqkit.checkpoint.reader import Checkpoint
 from awqkit.errors import CheckpointError
 from awqkit.evaluation.int8_linear import Int8Linear
 from awqkit.evaluation.packed_linear import PackedLinear
-from awqkit.formats.format import stored_format
+from awqkit.formats.format import Format, stored_format
+from awqkit.formats.scheme import StoredConfig
 from awqkit.model.disk_places import Place, joined, places_on_disk
 from awqkit.model.transformers_bridge import empty_model, finish_loading, full_model, load_config
 from awqkit.numerics.grid import QuantizedWeight, dequantize
+
+TURNED_KEY = "linears_held_as_in_out"  # of the config.json of a plain module: whose weights it holds transposed
 
 
 def load_checkpoint(
@@ -32,30 +35,122 @@ def load_checkpoint(
         model = empty_model(
             load_config(checkpoint.directory, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
         )
-        _fill_rest(model, checkpoint, {}, dtype, device)
+        _fill_rest(model, checkpoint, (), dtype, device)
         return finish_loading(model, checkpoint.directory)
     if found is None:
         return full_model(checkpoint.directory, dtype, device, trust_remote_code=trust_remote_code)
-    stored, settings = found
-    config = load_config(checkpoint.directory, trust_remote_code=trust_remote_code)
-    model = empty_model(config, trust_remote_code=trust_remote_code)
-    scheme = settings.scheme
-    linear_class = PackedLinear if scheme.activations == "none" else Int8Linear
-    packed = stored.quantized_linears(checkpoint.names, scheme)
-
-    def unpacked(disk_path: str) -> QuantizedWeight:
-        return stored.unpack(disk_path, checkpoint.read_many(stored.tensor_names(disk_path, scheme)), scheme)
-
-    paths, stacks = _module_paths(model, packed)
-    _fill_stacks(model, stacks, unpacked, dtype, device)
+    model = empty_model(
+        load_config(checkpoint.directory, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+    packed = Packed(*found, checkpoint)
+    paths, stacks = _module_paths(model, packed.linears)
+    _fill_stacks(model, stacks, packed.weight, dtype, device)
     for disk_path, path in paths.items():
-        weight = _on_device(unpacked(disk_path), device)
-        bias_name = f"{disk_path}.bias"
-        bias = checkpoint.read(bias_name).to(device) if bias_name in checkpoint.tensors else None
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear_class(weight, bias, dtype))
-    _fill_rest(model, checkpoint, paths, dtype, device, stacks)
+        _put(model, path, _packed_linear(packed, disk_path, dtype, device))
+    _fill_rest(model, checkpoint, list(paths.values()), dtype, device, stacks)
     return finish_loading(model, checkpoint.directory)
+
+
+def load_into(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """`module`, filled with what the folder of a PlainModel holds, in eval mode on `device`; see `load_checkpoint`.
+
+    Every nn.Linear that was quantized gives way to a packed one. A module that computes with its weight in a way of its
+    own gets what the codes mean. Raises CheckpointError, before anything is changed, where the module is another one.
+    """
+    found = stored_format(checkpoint.config)
+    if found is None:
+        raise CheckpointError(f"{checkpoint.directory}: is not quantized, load_state_dict reads it")
+    dtype = dtype or stored_dtype(checkpoint.config)
+    packed, turned = Packed(*found, checkpoint), frozenset(checkpoint.config.get(TURNED_KEY, ()))
+    _refuse_other_module(module, packed, turned)
+    dense: list[str] = []
+    paths: list[str] = []
+    for linear in packed.linears:
+        owner = module.get_submodule(linear)
+        if _is_only_linear(owner):
+            new = _packed_linear(packed, linear, dtype, device)
+            same = [path for path, part in module.named_modules(remove_duplicate=False) if part is owner]
+            for path in same:
+                _put(module, path, new)
+            paths += same
+        else:
+            weight = _on_device(packed.weight(linear), device)
+            value = dequantize(weight.codes, weight.grid).to(dtype)
+            value = value.t().contiguous() if linear in turned else value
+            owner._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+            dense.append(f"{linear}.weight")
+    _fill_rest(module, checkpoint, paths, dtype, device, dense)
+    return module.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The quantized linears of a checkpoint."""
+
+    stored: Format
+    settings: StoredConfig
+    checkpoint: Checkpoint
+
+    @property
+    def linears(self) -> list[str]:
+        """Their paths on disk."""
+        return self.stored.quantized_linears(self.checkpoint.names, self.settings.scheme)
+
+    def names(self, linear: str) -> tuple[str, ...]:
+        """The tensors that stand for a linear's weight."""
+        return self.stored.tensor_names(linear, self.settings.scheme)
+
+    def shape(self, linear: str) -> tuple[int, int]:
+        """(out, in) of a linear."""
+        return self.stored.linear_shape(linear, self.checkpoint.read, self.settings.scheme)
+
+    def weight(self, linear: str) -> QuantizedWeight:
+        """A linear's codes and grid, on the CPU."""
+        return self.stored.unpack(linear, self.checkpoint.read_many(self.names(linear)), self.settings.scheme)
+
+
+def _packed_linear(packed: Packed, linear: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    linear_class = PackedLinear if packed.settings.scheme.activations == "none" else Int8Linear
+    weight, bias_name = _on_device(packed.weight(linear), device), f"{linear}.bias"
+    bias = packed.checkpoint.read(bias_name).to(device) if bias_name in packed.checkpoint.tensors else None
+    return linear_class(weight, bias, dtype)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _is_only_linear(module: nn.Module) -> bool:
+    """Whether a call of the module is x · Wᵀ + bias and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not hooks
+
+
+def _refuse_other_module(module: nn.Module, packed: Packed, turned: Collection[str]) -> None:
+    """Raises CheckpointError unless module and file have the same parameters, of the same shapes."""
+    where, name_of_class = packed.checkpoint.directory, type(module).__name__
+    fitting = f"give an instance of the class, and of the size, that was quantized, not this {name_of_class}"
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in packed.linears:
+        shape = packed.shape(path)
+        shapes[f"{path}.weight"] = shape[::-1] if path in turned else shape
+    parts = {name for path in packed.linears for name in packed.names(path)}
+    shapes |= {name: packed.checkpoint.shape(name) for name in packed.checkpoint.names if name not in parts}
+    first: dict[int, str] = {}
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise CheckpointError(f"{where}: has {name}, which the module has not; {fitting}")
+        if tuple(tensors[name].shape) != shape:
+            found = list(tensors[name].shape)
+            raise CheckpointError(f"{where}: {name} is {list(shape)}, in the module {found}; {fitting}")
+        other = first.setdefault(id(tensors[name]), name)
+        if other != name:
+            raise CheckpointError(f"{where}: {other} and {name} are two tensors, in the module one; {fitting}")
+    for name, value in tensors.items():
+        if id(value) not in first and (isinstance(value, nn.Parameter) or value.device.type == "meta"):
+            raise CheckpointError(f"{where}: no tensor for {name}, which the module needs; {fitting}")
 
 
 def _fill_stacks(
@@ -105,14 +200,14 @@ def _module_paths(model: nn.Module, disk_paths: list[str]) -> tuple[dict[str, st
 def _fill_rest(
     model: nn.Module,
     checkpoint: Checkpoint,
-    paths: Mapping[str, str],
+    paths: Collection[str],
     dtype: torch.dtype,
     device: torch.device,
-    stacks: Collection[str] = (),
+    parameters: Collection[str] = (),
 ) -> None:
     """Every other parameter and buffer; a shared parameter is filled once, wherever it is used.
 
-    paths, stacks: modules and parameters that have their values already.
+    paths, parameters: modules and parameters that have their values already.
     """
     places = places_on_disk(model, checkpoint.names)
     on_disk, slices = places.whole, places.slices
@@ -124,7 +219,7 @@ def _fill_rest(
             stored = checkpoint.read(on_disk[name])
         elif name in slices:
             stored = joined(slices[name], value.shape, checkpoint.read)
-        elif name in stacks:
+        elif name in parameters:
             stored = value
         else:
             continue
@@ -134,7 +229,7 @@ def _fill_rest(
             raise CheckpointError(f"{checkpoint.directory}: no tensor for {name}, which the model needs")
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._parameters[leaf] = filled[id(value)]
-    packed = tuple(f"{path}." for path in paths.values())
+    packed = tuple(f"{path}." for path in paths)
     for name, value in list(model.named_buffers()):
         if name.startswith(packed):
             continue

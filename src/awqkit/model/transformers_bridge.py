@@ -159,6 +159,13 @@ def _needs_trust(where: object) -> CheckpointError:
     )
 
 
+def is_of_transformers(module: nn.Module) -> bool:
+    """Whether the module is a model of transformers, which a folder describes better."""
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
+
+
 def full_model(
     directory: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
 ) -> nn.Module:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from awqkit.checkpoint.reader import Checkpoint
+from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.checkpoint.writer import CheckpointWriter
 from awqkit.decisions import BlockDecision, TuningDecision
 from awqkit.errors import CheckpointError
@@ -35,7 +35,7 @@ _TASK, _GRADIENT_TASK = "block", "gradient step"
 class Run:
     """Everything that a run reads; nothing in it changes."""
 
-    checkpoint: Checkpoint
+    source: TensorSource
     skeleton: Skeleton
     recipe: Recipe
     plan: RunPlan
@@ -182,7 +182,7 @@ def _rewrite(
 
 
 def _copy(job: Run, name: str, writer: CheckpointWriter) -> None:
-    tensor = job.checkpoint.read(name)
+    tensor = job.source.read(name)
     if tensor.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _pieces(tensor)):
         raise CheckpointError(
             f"tensor {name} holds NaN or inf, so the checkpoint is damaged: fetch or convert it again; "

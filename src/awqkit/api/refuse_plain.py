@@ -1,0 +1,85 @@
+"""What is wrong with a plain module or its rows and can be seen before any work, as one line each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from awqkit.api.refuse import FULL_PRECISION
+from awqkit.checkpoint.tensor_source import TensorSource
+from awqkit.errors import CalibrationError, ModelError
+from awqkit.model.block_calls import BlockCall, run_block
+from awqkit.model.skeleton import Skeleton
+from awqkit.pipeline.activations import TokenRows
+
+_IDS = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1], [1, 0, 0, 1, 0, 1, 1, 0]])  # two ids that every model knows
+_SAME = 1e-3  # of the block's own contribution; only the order of sums may differ
+_OFF = "PlainModel(run=lambda module, ids: ...) can switch that off"
+_GIST_CHARS = 200
+
+
+def refuse_padded(rows: TokenRows, name: str) -> None:
+    """Raises CalibrationError where rows differ in length: a plain module gets no mask."""
+    if rows.mask is not None:
+        lengths = rows.mask.sum(dim=1)
+        raise CalibrationError(
+            f"calibration: token rows of {int(lengths.min())} to {int(lengths.max())} ids; {name} is called without an "
+            "attention mask, so all rows must have one length: cut them"
+        )
+
+
+def refuse_low_bit(source: TensorSource, skeleton: Skeleton, name: str) -> None:
+    """Raises ModelError where a parameter is no float."""
+    for parameter in sorted(skeleton.parameters_on_disk()):
+        if source.dtype(parameter) not in FULL_PRECISION:
+            dtype = str(source.dtype(parameter)).removeprefix("torch.")
+            raise ModelError(f"{name}: {parameter} is {dtype}; give a module with bf16, fp16 or fp32 parameters")
+
+
+def refuse_unstreamable(skeleton: Skeleton, device: torch.device) -> None:
+    """Runs the module as far as its last block, and one block of each kind by itself, twice.
+
+    Raises ModelError where that cannot be done, and where a block does not map hidden states to hidden states, always
+    the same ones.
+    """
+    (started,) = skeleton.start([(_IDS, None)], device)
+    firsts = {skeleton.block_kind(index): index for index in reversed(range(skeleton.num_blocks))}
+    for index in sorted(firsts.values()):
+        first, again = _run_twice(skeleton, index, started.hidden, started.calls[index], device)
+        path = skeleton.block_path(index)
+        if not isinstance(first, Tensor) or first.shape != started.hidden.shape:
+            given = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
+            raise ModelError(
+                f"{path} gives {given} for hidden states of shape {list(started.hidden.shape)}, expected the same "
+                "shape: it is no decoder block; PlainModel(blocks=...) names them"
+            )
+        contribution = (first - started.hidden).abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        if not (again - first).abs().max() <= _SAME * contribution:
+            raise ModelError(
+                f"{path} gives something else when it is run again on the same input, so it draws random numbers or "
+                f"keeps a state, a cache for one; {_OFF}"
+            )
+
+
+def _run_twice(
+    skeleton: Skeleton, index: int, hidden: Tensor, call: BlockCall, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    block = skeleton.load_block(index, device)
+    try:
+        with torch.no_grad():
+            return run_block(block, hidden.clone(), call), run_block(block, hidden.clone(), call)
+    except Exception as error:  # somebody's own code: anything
+        gist = " ".join(str(error).split())[:_GIST_CHARS]
+        raise ModelError(
+            f"{skeleton.block_path(index)} cannot be run by itself, twice on one input ({type(error).__name__}: "
+            f"{gist}); where it keeps a state, a cache for one, {_OFF}"
+        ) from error
+    finally:
+        skeleton.release_block(index)
+
+
+def refuse_headless(skeleton: Skeleton, device: torch.device) -> None:
+    """Raises ModelError where the module gives no logits of every token."""
+    (started,) = skeleton.start([(_IDS, None)], device)
+    with torch.no_grad(), skeleton.head(device) as logits:
+        logits(_IDS.to(device), started.hidden, None)
