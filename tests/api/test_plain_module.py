@@ -241,13 +241,7 @@ def test_blocks_that_are_not_there_are_refused(blocks: Any, said: str, tmp_path:
 
 
 def _patched(forward: Any) -> Tower:
-    module = with_random_weights(Tower())
-    return type("Patched", (Tower,), {"forward": forward})().eval() if module is None else _as(module, forward)
-
-
-def _as(module: Tower, forward: Any) -> Tower:
-    module.__class__ = type("Patched", (Tower,), {"forward": forward})
-    return module
+    return with_random_weights(type("Patched", (Tower,), {"forward": forward})())
 
 
 def _asks_for_more(self: Tower, ids: Tensor, positions: Tensor) -> Any:
@@ -318,20 +312,57 @@ def test_logits_of_the_last_token_alone_are_refused_where_all_are_needed(tmp_pat
     assert quantize(plain, tmp_path / "out", FAST, calibration=ROWS, options=ON_CPU).report.blocks
 
 
-def test_a_block_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
-    plain = gpt()
-    forward = nn.functional.dropout  # without `training=False` it is always on
-    plain.module.transformer.h[0].mlp[3] = _Always(forward)
-    _refused(plain, tmp_path, ModelError, r"draws random numbers or keeps a state")
+class Cached(nn.Module):
+    """A projection that keeps what it gave in a buffer, and reads it from there."""
 
-
-class _Always(nn.Module):
-    def __init__(self, function: Any) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.function = function
+        self.linear = nn.Linear(64, 64)
+        self.register_buffer("cache", torch.zeros(2, 64, 64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, 0.2)
+        self.cache[: len(x), : x.shape[1]] = self.linear(x)
+        return self.cache[: len(x), : x.shape[1]]
+
+
+def test_a_cache_that_gradients_run_into_is_refused(tmp_path: Path) -> None:
+    plain = gpt()
+    plain.module.transformer.h[0].mlp = Cached()
+    _refused(
+        plain, tmp_path, ModelError, r"twice on one input \(RuntimeError: .*a state that it keeps, such as a cache"
+    )
+
+
+@torch.inference_mode()
+def _infers(self: Tower, ids: Tensor) -> Any:
+    return Tower.forward(self, ids)
+
+
+@torch.no_grad()
+def _without_gradients(self: Tower, ids: Tensor) -> Any:
+    return Tower.forward(self, ids)
+
+
+def test_a_forward_without_gradients_is_refused_where_they_are_needed(tmp_path: Path) -> None:
+    plain = PlainModel(_patched(_infers), ("ground", "first"))
+    _refused(plain, tmp_path, ModelError, r"runs in inference_mode.*take the decorator off")
+    plain = PlainModel(_patched(_without_gradients), ("ground", "first"))
+    _refused(plain, tmp_path, ModelError, r"switches gradients off \(no_grad\)", BEST)
+    assert quantize(plain, tmp_path / "out", FAST, calibration=ROWS, options=ON_CPU).report.blocks
+
+
+def test_a_block_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+    plain = gpt()
+    plain.module.transformer.h[1].mlp = _AlwaysDropped()
+    _refused(plain, tmp_path, ModelError, r"transformer\.h\.1 gives something else .* draws random numbers")
+
+
+class _AlwaysDropped(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.2)  # without `training=` it is always on
 
 
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from awqkit.errors import ModelError
+from awqkit.errors import ModelError, gist
 from awqkit.model.block_list import find_block_list, refuse_shared
 from awqkit.model.named_blocks import NamedBlocks
 from awqkit.model.runnable import Runnable
@@ -23,7 +23,6 @@ _ADVICE = (
     "lambda module, ids: module(ids, ...)"
 )
 _EMBEDDINGS = {F.embedding: 1, torch.embedding: 0, Tensor.__getitem__: 0}  # function -> which argument is the table
-_GIST_CHARS = 200
 _SHOWN_LISTS = 5
 
 
@@ -143,7 +142,7 @@ def _empty_copy(module: nn.Module, title: str) -> nn.Module:
         return copy.deepcopy(module, memo).eval()
     except Exception as error:  # whatever a module holds may refuse to be copied, in its own way
         raise ModelError(
-            f"{title}: its structure cannot be copied (copy.deepcopy: {_gist(error)}); "
+            f"{title}: its structure cannot be copied (copy.deepcopy: {_named(error)}); "
             "give the module as it was before it was compiled, wrapped or run"
         ) from error
 
@@ -211,7 +210,7 @@ class _Calls:
         except (ModelError, _Stopped, torch.OutOfMemoryError):
             raise
         except Exception as error:  # somebody's own code: anything
-            raise RuntimeError(_gist(error)) from error
+            raise RuntimeError(_named(error)) from error
 
 
 class _TableOf(TorchFunctionMode):
@@ -244,6 +243,5 @@ def _logits_of(given: Any) -> Tensor | None:
     return given if isinstance(given, Tensor) else None
 
 
-def _gist(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:_GIST_CHARS]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {gist(error)}"
