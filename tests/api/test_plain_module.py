@@ -176,6 +176,24 @@ def test_weights_in_half_precision_are_taken_as_they_are(tmp_path: Path) -> None
     assert next(load(done.directory, into=Tower(), device="cpu").parameters()).dtype == torch.float16
 
 
+def test_a_mask_with_infinities_in_a_buffer_is_copied_as_it_is(tmp_path: Path) -> None:
+    plain = gpt()
+    mask = torch.full((4, 4), float("-inf")).triu(1)
+    for part in (plain.module, plain.module.transformer.h[1]):
+        part.register_buffer("mask", mask)
+    done = quantize(plain, tmp_path / "out", RTN, options=ON_CPU)
+    fresh = Gpt()
+    for part in (fresh, fresh.transformer.h[1]):
+        part.register_buffer("mask", torch.zeros(4, 4))
+    loaded = load(done.directory, into=fresh, device="cpu")
+    assert torch.equal(loaded.mask, mask) and torch.equal(loaded.transformer.h[1].mask, mask)
+
+
+def test_rows_may_be_a_tensor(tmp_path: Path) -> None:
+    done = quantize(gpt(), tmp_path / "out", FAST, calibration=torch.tensor(ROWS), options=ON_CPU)
+    assert done.report.calibration.rows == 16 and done.report.calibration.start_tokens == (1,)
+
+
 class Untied(Gpt):
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +248,7 @@ def _refused(plain: Any, tmp_path: Path, kind: type[Exception], said: str, recip
     [
         ("transformer.layers", r"no such submodule; its lists of modules are transformer\.h \(2\)"),
         ("lm_head", r"blocks='lm_head' is Linear, expected an nn\.ModuleList or nn\.Sequential"),
-        ("transformer.h.0.mlp", r"transformer\.h\.0\.mlp\.0 gives \[2, 8, 128\] for .* it is no decoder block"),
+        ("transformer.h.0.mlp", r"transformer\.h\.0\.mlp\.0 gives \[2, 16, 128\] for .* it is no decoder block"),
         (("transformer.h.1", "transformer.h.0"), r"out of order: cannot stream it; PlainModel takes blocks="),
         (("transformer.h.0", "transformer.h.0"), r"blocks 0 and 1 share"),
         ((), r"blocks is empty"),
@@ -375,6 +393,8 @@ def test_wrong_use_is_one_line(tmp_path: Path) -> None:
         empty = Gpt()
     _refused(PlainModel(empty), tmp_path, ModelError, "is on the meta device")
     _refused(PlainModel(nn.Linear(4, 4)), tmp_path, ModelError, "no list of decoder blocks found in Linear.*blocks=")
+    with pytest.raises(UsageError, match=r"takes a torch\.nn\.Module, not str"):
+        PlainModel("a/model")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="weights of its own"):
         awqkit.folds(gpt(), random_weights=True)
 

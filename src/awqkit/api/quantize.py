@@ -60,7 +60,7 @@ def quantize(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
-    calibration: str | Path | Sequence[Sequence[int]] | None = None,
+    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None = None,
     exclude_modules: frozenset[str] = frozenset(),
     options: RunOptions | None = None,
     report_page: str | Path | None = None,
@@ -141,7 +141,7 @@ def quantize(
 def _rows(
     given: GivenModel,
     recipe: Recipe,
-    calibration: str | Path | Sequence[Sequence[int]] | None,
+    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None,
     exclude_modules: frozenset[str],
 ) -> CalibrationRows | None:
     if not recipe.needs_calibration:

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from awqkit.api.refuse import FULL_PRECISION
 from awqkit.checkpoint.tensor_source import TensorSource
-from awqkit.errors import CalibrationError, ModelError, gist
-from awqkit.model.block_calls import BlockCall, run_block
+from awqkit.errors import CalibrationError, ModelError
+from awqkit.model.block_calls import run_block
+from awqkit.model.plain_calls import named
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.plan import Probe, make_probe
 
 _IDS = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1], [1, 0, 0, 1, 0, 1, 1, 0]])  # two ids that every model knows
 _SAME = 1e-3  # of the block's own contribution; only the order of sums may differ
@@ -47,10 +49,11 @@ def refuse_unstreamable(skeleton: Skeleton, device: torch.device) -> None:
             "the module's forward runs in inference_mode, whose tensors gradients cannot pass: take the decorator off, "
             "or pass PlainModel(run=lambda module, ids: ...) that calls what it decorates"
         )
+    probe = make_probe(skeleton, device)
     firsts = {skeleton.block_kind(index): index for index in reversed(range(skeleton.num_blocks))}
     for index in sorted(firsts.values()):
-        path, hidden = skeleton.block_path(index), started.hidden
-        first, again = _run_twice(skeleton, index, hidden, started.calls[index], device)
+        path, hidden = skeleton.block_path(index), probe.hidden
+        first, again = _run_twice(skeleton, index, probe, device)
         if not isinstance(first, Tensor) or first.shape != hidden.shape:
             given = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
             raise ModelError(
@@ -65,17 +68,15 @@ def refuse_unstreamable(skeleton: Skeleton, device: torch.device) -> None:
             )
 
 
-def _run_twice(
-    skeleton: Skeleton, index: int, hidden: Tensor, call: BlockCall, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _run_twice(skeleton: Skeleton, index: int, probe: Probe, device: torch.device) -> tuple[Tensor, Tensor]:
     """The block's outputs, with a gradient taken in between."""
     block = skeleton.load_block(index, device)
     try:
         with torch.enable_grad():
             outputs = []
             for _ in range(2):
-                leaf = hidden.clone().requires_grad_(True)
-                output = run_block(block, leaf, call)
+                leaf = probe.hidden.clone().requires_grad_(True)
+                output = run_block(block, leaf, probe.calls[index])
                 if isinstance(output, Tensor) and output.requires_grad:
                     output.sum().backward()
                 outputs.append(output.detach() if isinstance(output, Tensor) else output)
@@ -83,7 +84,7 @@ def _run_twice(
     except Exception as error:  # somebody's own code: anything
         raise ModelError(
             f"{skeleton.block_path(index)} cannot be run and differentiated by itself, twice on one input "
-            f"({type(error).__name__}: {gist(error)}); where that is a state that it keeps, such as a cache: {_OFF}"
+            f"({named(error)}); where that is a state that it keeps, such as a cache: {_OFF}"
         ) from error
     finally:
         skeleton.release_block(index)

@@ -146,7 +146,7 @@ def _refuse_other_module(module: nn.Module, packed: Packed, turned: Collection[s
             found = list(tensors[name].shape)
             raise CheckpointError(f"{where}: {name} is {list(shape)}, in the module {found}; {fitting}")
         other = first.setdefault(id(tensors[name]), name)
-        if other != name:
+        if other != name and isinstance(tensors[name], nn.Parameter):
             raise CheckpointError(f"{where}: {other} and {name} are two tensors, in the module one; {fitting}")
     for name, value in tensors.items():
         if id(value) not in first and (isinstance(value, nn.Parameter) or value.device.type == "meta"):
@@ -230,7 +230,7 @@ def _fill_rest(
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._parameters[leaf] = filled[id(value)]
     packed = tuple(f"{path}." for path in paths)
-    for name, value in list(model.named_buffers()):
+    for name, value in list(model.named_buffers(remove_duplicate=False)):
         if name.startswith(packed):
             continue
         parent, _, leaf = name.rpartition(".")

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from awqkit.errors import ModelError, gist
+from awqkit.errors import ModelError, UsageError
 from awqkit.model.block_list import find_block_list, refuse_shared
 from awqkit.model.named_blocks import NamedBlocks
+from awqkit.model.plain_calls import ADVICE, PlainCalls, named
 from awqkit.model.runnable import Runnable
 from awqkit.model.transformers_bridge import is_of_transformers
 
-_ADVICE = (
-    "; PlainModel takes blocks=, the path of the list of decoder blocks, and run=, how the module is called: "
-    "lambda module, ids: module(ids, ...)"
-)
-_EMBEDDINGS = {F.embedding: 1, torch.embedding: 0, Tensor.__getitem__: 0}  # function -> which argument is the table
 _SHOWN_LISTS = 5
 
 
@@ -35,7 +29,8 @@ class PlainModel:
     `nn.Sequential`, or the paths of consecutive blocks; None to have the list found by structure. run(module, ids): how
     the module is called, `module(ids)` where None. vocabulary_size: how many ids it knows; None for the rows of the
     embedding that is seen to take them. encode: text to ids, for calibration and evaluation text, each row of which
-    begins with `start_tokens`; without it token rows must be given. name: in reports, the class's where None.
+    begins with `start_tokens`; without it token rows must be given. name: in reports, the class's where None. Raises
+    UsageError for what is no module.
     """
 
     module: nn.Module
@@ -45,6 +40,10 @@ class PlainModel:
     encode: Callable[[str], Sequence[int]] | None = None
     start_tokens: Sequence[int] = ()
     name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            raise UsageError(f"PlainModel takes a torch.nn.Module, not {type(self.module).__name__}")
 
     @property
     def title(self) -> str:
@@ -74,7 +73,7 @@ def plain_runnable(plain: PlainModel) -> Runnable:
         )
     paths, where = _block_paths(module, plain.blocks)
     empty = _empty_copy(module, plain.title)
-    calls = _Calls(plain, empty, paths[-1])
+    calls = PlainCalls(empty, plain.run, paths[-1], plain.vocabulary_size, plain.title)
     return Runnable(
         module=empty,
         decoder=empty,
@@ -84,7 +83,7 @@ def plain_runnable(plain: PlainModel) -> Runnable:
         reach_again=calls.reach_again,
         logits=calls.logits,
         vocabulary_size=calls.vocabulary_size,
-        advice=_ADVICE,
+        advice=ADVICE,
     )
 
 
@@ -94,7 +93,7 @@ def _block_paths(module: nn.Module, blocks: str | Sequence[str] | None) -> tuple
         try:
             blocks = find_block_list(module)
         except ModelError as error:
-            raise ModelError(f"{error}{_lists_text(module)}{_ADVICE}") from error
+            raise ModelError(f"{error}{_lists_text(module)}{ADVICE}") from error
     if isinstance(blocks, str):
         holder = _submodule(module, blocks)
         if not isinstance(holder, nn.ModuleList | nn.Sequential) or len(holder) == 0:
@@ -133,115 +132,17 @@ def _lists_text(module: nn.Module) -> str:
 
 def _empty_copy(module: nn.Module, title: str) -> nn.Module:
     """The module in eval mode with parameters on the meta device, shared ones shared as before; buffers are copied."""
-    memo: dict[int, Any] = {}
     for name, value in module.named_parameters():
         if value.device.type == "meta":
             raise ModelError(f"{title}: {name} is on the meta device, so it has no values; give a module with weights")
-        memo[id(value)] = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
     try:
+        memo: dict[int, Any] = {
+            id(value): nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+            for value in module.parameters()
+        }
         return copy.deepcopy(module, memo).eval()
     except Exception as error:  # whatever a module holds may refuse to be copied, in its own way
         raise ModelError(
-            f"{title}: its structure cannot be copied (copy.deepcopy: {_named(error)}); "
+            f"{title}: its structure cannot be copied (copy.deepcopy: {named(error)}); "
             "give the module as it was before it was compiled, wrapped or run"
         ) from error
-
-
-class _Stopped(Exception):
-    """Raised behind the last block, where nobody asks for what follows."""
-
-
-class _Calls:
-    """How the copy is called, and the embedding that it was seen to look ids up in."""
-
-    def __init__(self, plain: PlainModel, module: nn.Module, last_block: str) -> None:
-        self._module, self._run, self._title = module, plain.run, plain.title
-        self._last_block = last_block
-        self._known_ids = plain.vocabulary_size
-
-    def reach(self, input_ids: Tensor, **_: Any) -> None:
-        """The whole forward."""
-        with _TableOf(input_ids) as table:
-            self._call(input_ids)
-        self._known_ids = self._known_ids or table.rows
-
-    def reach_again(self, input_ids: Tensor, **_: Any) -> None:
-        """The forward as far as the last block: logits of many tokens are the largest tensors there are."""
-
-        def stop(*_: Any) -> None:
-            raise _Stopped
-
-        handle = self._module.get_submodule(self._last_block).register_forward_hook(stop)
-        try:
-            self._call(input_ids)
-        except _Stopped:
-            pass
-        finally:
-            handle.remove()
-
-    def logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Raises ModelError where the forward fails, or gives something else than logits of every token."""
-        try:
-            given = self._call(ids)
-        except RuntimeError as error:
-            raise ModelError(f"{self._title} cannot be run: {error}{_ADVICE}") from error
-        found = _logits_of(given)
-        if found is None or found.dim() != 3 or found.shape[:2] != ids.shape:
-            what = type(given).__name__ if found is None else f"logits of shape {list(found.shape)}"
-            raise ModelError(
-                f"{self._title} gives {what} for {len(ids)} rows of {ids.shape[1]} tokens, expected "
-                f"[{len(ids)}, {ids.shape[1]}, vocabulary], which end-loss gradients and tuning need; "
-                "PlainModel(run=lambda module, ids: ...) says how to get it"
-            )
-        return found
-
-    def vocabulary_size(self) -> int:
-        """Raises ModelError where it is not known."""
-        if self._known_ids is None:
-            raise ModelError(
-                f"{self._title}: no embedding was seen to take the token ids, so how many it knows is not clear; "
-                "pass PlainModel(vocabulary_size=...)"
-            )
-        return self._known_ids
-
-    def _call(self, ids: Tensor) -> Any:
-        try:
-            return self._module(ids) if self._run is None else self._run(self._module, ids)
-        except (ModelError, _Stopped, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # somebody's own code: anything
-            raise RuntimeError(_named(error)) from error
-
-
-class _TableOf(TorchFunctionMode):
-    """While active, notes how many rows the table has that `ids` are looked up in."""
-
-    def __init__(self, ids: Tensor) -> None:
-        super().__init__()
-        self._ids = ids
-        self.rows: int | None = None
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if function in _EMBEDDINGS and self.rows is None:
-            given = (*args, *(kwargs[key] for key in ("input", "weight") if key in kwargs))
-            table, asked = given[_EMBEDDINGS[function]], given[1 - _EMBEDDINGS[function]]
-            if isinstance(asked, Tensor) and asked.dtype == self._ids.dtype and table.dim() == 2:
-                same = asked.numel() == self._ids.numel() and torch.equal(asked.reshape(-1), self._ids.reshape(-1))
-                self.rows = table.shape[0] if same else None
-        return function(*args, **kwargs)
-
-
-def _logits_of(given: Any) -> Tensor | None:
-    """The logits in what a forward gives back."""
-    if isinstance(given, dict):
-        given = given.get("logits")
-    elif hasattr(given, "logits"):
-        given = given.logits
-    elif isinstance(given, Iterable) and not isinstance(given, Tensor):
-        given = next(iter(given), None)
-    return given if isinstance(given, Tensor) else None
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {gist(error)}"

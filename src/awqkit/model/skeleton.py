@@ -117,6 +117,11 @@ class Skeleton:
         parameters = (name for name in self.names() if not _is_buffer(self._model, name))
         return frozenset(disk for name in parameters for disk in self.disk_names(name))
 
+    def buffers_on_disk(self) -> frozenset[str]:
+        """Disk names of the model's buffers."""
+        buffers = (name for name in self.names() if _is_buffer(self._model, name))
+        return frozenset(disk for name in buffers for disk in self.disk_names(name))
+
     def shapes_on_disk(self) -> dict[str, tuple[int, ...]]:
         """Disk name -> the shape that the model gives each of its parameters there."""
         parameters = self.parameters_on_disk()

@@ -63,9 +63,10 @@ def run(job: Run, rows: TokenRows | None, held_out: TokenRows | None, writer: Ch
     inside = tuple(f"{block.path}." for block in job.plan.blocks)
     names = (name for name in job.skeleton.names() if name.startswith(inside))
     in_blocks = {disk for name in names for disk in job.skeleton.disk_names(name)}
+    buffers = job.skeleton.buffers_on_disk()
     for name in job.layout.kept:
         if name not in in_blocks:
-            _copy(job, name, writer)
+            _copy(job, name, writer, is_buffer=name in buffers)
     clock.enter("start")
     streams = None if rows is None else _streams(job, rows, held_out, emit)
     start, tuning = None, None
@@ -151,7 +152,7 @@ def _write(job: Run, context: BlockContext, result: BlockResult, writer: Checkpo
             if disk in stored:
                 writer.write(disk, stored[disk].to(job.layout.kept[disk]).cpu())
             else:
-                _copy(job, disk, writer)
+                _copy(job, disk, writer, is_buffer=name not in context.parameters)
 
 
 def _packed(job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -181,9 +182,10 @@ def _rewrite(
         writer.rewrite(disk, value.to(job.layout.kept[disk]).cpu())
 
 
-def _copy(job: Run, name: str, writer: CheckpointWriter) -> None:
+def _copy(job: Run, name: str, writer: CheckpointWriter, *, is_buffer: bool) -> None:
     tensor = job.source.read(name)
-    if tensor.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _pieces(tensor)):
+    checked = tensor.is_floating_point() and not is_buffer  # a mask in a buffer may hold −inf
+    if checked and not all(bool(torch.isfinite(part).all()) for part in _pieces(tensor)):
         raise CheckpointError(
             f"tensor {name} holds NaN or inf, so the checkpoint is damaged: fetch or convert it again; "
             "nothing was kept of this run"
