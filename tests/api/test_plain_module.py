@@ -101,6 +101,39 @@ def test_what_is_loaded_computes_what_was_simulated_bit_for_bit(
     assert linears == (8 if model == "gpt" else 12)  # a Tower's `down` is no nn.Linear: it stays, with what codes mean
 
 
+class Halved(nn.Linear):
+    """A linear that does more than a linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+class Odd(Gpt):
+    """One of its linears does more, one has a hook that does, one goes by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = self.transformer.h
+        first.mlp[0] = Halved(64, 128)
+        first.attn.c_proj.register_forward_hook(lambda module, inputs, output: output + 1.0)
+        self.alias = second.attn.c_proj
+
+
+def test_what_a_linear_does_beside_its_product_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = PlainModel(with_random_weights(Odd()), "transformer.h", run=gpt_logits)
+    simulated = simulated_by(monkeypatch)
+    done = quantize(plain, tmp_path / "out", FAST, calibration=ROWS, options=ON_CPU)
+    expected = deepcopy(plain.module).eval()
+    with torch.no_grad():
+        for name, value in simulated.items():
+            expected.get_parameter(name).copy_(value)
+    loaded = load(done.directory, into=Odd(), dtype=torch.float32, device="cpu")
+    assert torch.equal(logits(plain, loaded), logits(plain, expected))
+    first, second = loaded.transformer.h
+    assert type(first.mlp[0]) is Halved and type(first.attn.c_proj) is nn.Linear
+    assert type(second.attn.c_proj) is PackedLinear and loaded.alias is second.attn.c_proj
+
+
 def test_folds_are_found_used_and_better_than_plain_rounding(tmp_path: Path) -> None:
     plain = gpt()
     done = quantize(plain, tmp_path / "out", FAST, calibration=ROWS, options=ON_CPU)

@@ -11,7 +11,8 @@ from awqkit.api.device import choose_device
 from awqkit.api.source import open_readable
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.reader import Checkpoint
-from awqkit.evaluation.load import load_checkpoint, load_into
+from awqkit.evaluation.fill_module import load_into
+from awqkit.evaluation.load import load_checkpoint
 
 
 def load(

@@ -24,7 +24,7 @@ from awqkit.checkpoint.reports import REPORT_FILE, TIMINGS_FILE
 from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
 from awqkit.errors import OutputError
-from awqkit.evaluation.load import TURNED_KEY
+from awqkit.evaluation.fill_module import TURNED_KEY
 from awqkit.events import Caution, Emit, Notice, ignore_events
 from awqkit.formats.format import format_for
 from awqkit.formats.scheme import Scheme

@@ -1,4 +1,4 @@
-"""A checkpoint folder as a transformers model, or in a module that is there: quantized linears stay packed."""
+"""A checkpoint folder as a transformers model: full precision as it is, quantized with packed linears."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from awqkit.model.disk_places import Place, joined, places_on_disk
 from awqkit.model.transformers_bridge import empty_model, finish_loading, full_model, load_config
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 
-TURNED_KEY = "linears_held_as_in_out"  # of the config.json of a plain module: whose weights it holds transposed
-
 
 def load_checkpoint(
     checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, *, trust_remote_code: bool = False
@@ -35,7 +33,7 @@ def load_checkpoint(
         model = empty_model(
             load_config(checkpoint.directory, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
         )
-        _fill_rest(model, checkpoint, (), dtype, device)
+        fill_rest(model, checkpoint, (), dtype, device)
         return finish_loading(model, checkpoint.directory)
     if found is None:
         return full_model(checkpoint.directory, dtype, device, trust_remote_code=trust_remote_code)
@@ -46,41 +44,9 @@ def load_checkpoint(
     paths, stacks = _module_paths(model, packed.linears)
     _fill_stacks(model, stacks, packed.weight, dtype, device)
     for disk_path, path in paths.items():
-        _put(model, path, _packed_linear(packed, disk_path, dtype, device))
-    _fill_rest(model, checkpoint, list(paths.values()), dtype, device, stacks)
+        put_module(model, path, packed_linear(packed, disk_path, dtype, device))
+    fill_rest(model, checkpoint, list(paths.values()), dtype, device, stacks)
     return finish_loading(model, checkpoint.directory)
-
-
-def load_into(module: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    """`module`, filled with what the folder of a PlainModel holds, in eval mode on `device`; see `load_checkpoint`.
-
-    Every nn.Linear that was quantized gives way to a packed one. A module that computes with its weight in a way of its
-    own gets what the codes mean. Raises CheckpointError, before anything is changed, where the module is another one.
-    """
-    found = stored_format(checkpoint.config)
-    if found is None:
-        raise CheckpointError(f"{checkpoint.directory}: is not quantized, load_state_dict reads it")
-    dtype = dtype or stored_dtype(checkpoint.config)
-    packed, turned = Packed(*found, checkpoint), frozenset(checkpoint.config.get(TURNED_KEY, ()))
-    _refuse_other_module(module, packed, turned)
-    dense: list[str] = []
-    paths: list[str] = []
-    for linear in packed.linears:
-        owner = module.get_submodule(linear)
-        if _is_only_linear(owner):
-            new = _packed_linear(packed, linear, dtype, device)
-            same = [path for path, part in module.named_modules(remove_duplicate=False) if part is owner]
-            for path in same:
-                _put(module, path, new)
-            paths += same
-        else:
-            weight = _on_device(packed.weight(linear), device)
-            value = dequantize(weight.codes, weight.grid).to(dtype)
-            value = value.t().contiguous() if linear in turned else value
-            owner._parameters["weight"] = nn.Parameter(value, requires_grad=False)
-            dense.append(f"{linear}.weight")
-    _fill_rest(module, checkpoint, paths, dtype, device, dense)
-    return module.eval()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,48 +75,18 @@ class Packed:
         return self.stored.unpack(linear, self.checkpoint.read_many(self.names(linear)), self.settings.scheme)
 
 
-def _packed_linear(packed: Packed, linear: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def packed_linear(packed: Packed, linear: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The module that computes with a linear as it is stored."""
     linear_class = PackedLinear if packed.settings.scheme.activations == "none" else Int8Linear
-    weight, bias_name = _on_device(packed.weight(linear), device), f"{linear}.bias"
+    weight, bias_name = on_device(packed.weight(linear), device), f"{linear}.bias"
     bias = packed.checkpoint.read(bias_name).to(device) if bias_name in packed.checkpoint.tensors else None
     return linear_class(weight, bias, dtype)
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """`module` in the place of what stands at `path`."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def _is_only_linear(module: nn.Module) -> bool:
-    """Whether a call of the module is x · Wᵀ + bias and nothing else."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not hooks
-
-
-def _refuse_other_module(module: nn.Module, packed: Packed, turned: Collection[str]) -> None:
-    """Raises CheckpointError unless module and file have the same parameters, of the same shapes."""
-    where, name_of_class = packed.checkpoint.directory, type(module).__name__
-    fitting = f"give an instance of the class, and of the size, that was quantized, not this {name_of_class}"
-    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in packed.linears:
-        shape = packed.shape(path)
-        shapes[f"{path}.weight"] = shape[::-1] if path in turned else shape
-    parts = {name for path in packed.linears for name in packed.names(path)}
-    shapes |= {name: packed.checkpoint.shape(name) for name in packed.checkpoint.names if name not in parts}
-    first: dict[int, str] = {}
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise CheckpointError(f"{where}: has {name}, which the module has not; {fitting}")
-        if tuple(tensors[name].shape) != shape:
-            found = list(tensors[name].shape)
-            raise CheckpointError(f"{where}: {name} is {list(shape)}, in the module {found}; {fitting}")
-        other = first.setdefault(id(tensors[name]), name)
-        if other != name and isinstance(tensors[name], nn.Parameter):
-            raise CheckpointError(f"{where}: {other} and {name} are two tensors, in the module one; {fitting}")
-    for name, value in tensors.items():
-        if id(value) not in first and (isinstance(value, nn.Parameter) or value.device.type == "meta"):
-            raise CheckpointError(f"{where}: no tensor for {name}, which the module needs; {fitting}")
 
 
 def _fill_stacks(
@@ -166,7 +102,7 @@ def _fill_stacks(
         owner = model.get_submodule(parent)
 
         def read(disk: str) -> torch.Tensor:
-            weight = _on_device(unpacked(disk.removesuffix(".weight")), device)
+            weight = on_device(unpacked(disk.removesuffix(".weight")), device)
             return dequantize(weight.codes, weight.grid).to(dtype)
 
         whole = joined(parts, owner._parameters[leaf].shape, read, device)
@@ -179,7 +115,8 @@ def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return getattr(torch, str(name).removeprefix("torch."), torch.float32)
 
 
-def _on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+def on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    """The same on `device`."""
     grid = replace(
         weight.grid, group_scale=weight.grid.group_scale.to(device), group_zero=weight.grid.group_zero.to(device)
     )
@@ -197,7 +134,7 @@ def _module_paths(model: nn.Module, disk_paths: list[str]) -> tuple[dict[str, st
     return paths, places.slices
 
 
-def _fill_rest(
+def fill_rest(
     model: nn.Module,
     checkpoint: Checkpoint,
     paths: Collection[str],
