@@ -119,11 +119,11 @@ class Storey(nn.Module):
 class Tower(nn.Module):
     """Two storeys that are no list, a head of its own; gives an object with `logits`."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: int = VOCABULARY) -> None:
         super().__init__()
-        self.words = nn.Embedding(VOCABULARY, WIDTH)
+        self.words = nn.Embedding(words, WIDTH)
         self.ground, self.first = Storey(), Storey()
-        self.last, self.say = Gain(), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.last, self.say = Gain(), nn.Linear(WIDTH, words, bias=False)
         angle = torch.arange(POSITIONS).unsqueeze(1) * 100.0 ** (-torch.arange(8) / 8)
         self.register_buffer("angle", torch.cat([angle, angle], dim=-1), persistent=False)
 

@@ -356,6 +356,12 @@ def test_how_many_ids_it_knows_must_be_said_where_no_embedding_takes_them(tmp_pa
     assert quantize(plain, tmp_path / "out", FAST, calibration=ROWS, options=ON_CPU).report.blocks
 
 
+def test_a_module_may_know_as_few_ids_as_there_are_bases_in_dna(tmp_path: Path) -> None:
+    plain = PlainModel(with_random_weights(Tower(words=4)), ("ground", "first"))
+    rows = [[each % 4 for each in row] for row in ROWS]
+    assert quantize(plain, tmp_path / "out", BEST, calibration=rows, options=ON_CPU).report.blocks
+
+
 def test_logits_of_the_last_token_alone_are_refused_where_all_are_needed(tmp_path: Path) -> None:
     plain = PlainModel(with_random_weights(Gpt()), "transformer.h")
     said = r"gives logits of shape \[2, 1, 192\] for 2 rows of 8 tokens.*run=lambda"
