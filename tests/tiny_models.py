@@ -79,13 +79,16 @@ def token_rows(rows: int, tokens: int, seed: int = 0) -> list[list[int]]:
     return ids.tolist()
 
 
-def block_probes(model: Any) -> tuple[Any, Any, list[Any]]:
-    """The model's Skeleton, a probe, and what discovery finds in each of its blocks."""
+def block_probes(model: Any, described: Any = None) -> tuple[Any, Any, list[Any]]:
+    """The model's Skeleton, a probe, and what discovery finds in each of its blocks.
+
+    described: what the Skeleton gets of the model, its config where None.
+    """
     from awqkit.model.skeleton import Skeleton
     from awqkit.pipeline.plan import discover_blocks, make_probe
 
     cpu = torch.device("cpu")
-    skeleton = Skeleton(model.config, WeightsOf(model))
+    skeleton = Skeleton(model.config if described is None else described, WeightsOf(model))
     probe = make_probe(skeleton, cpu)
     return skeleton, probe, discover_blocks(skeleton, probe, cpu)
 

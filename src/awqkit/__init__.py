@@ -1,6 +1,6 @@
 """awqkit: low-bit checkpoints by activation-aware weight quantization, every choice proved and measured.
 
-    from awqkit import Recipe, quantize, load, evaluate
+    from awqkit import PlainModel, Recipe, quantize, load, evaluate
 
 Names are imported when first used, so that `import awqkit` does not import torch.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "PlainModel",
     "Recipe",
     "RunOptions",
     "__version__",
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     from awqkit.api.inspect import inspect
     from awqkit.api.load import load
     from awqkit.api.quantize import quantize
+    from awqkit.model.plain_model import PlainModel
     from awqkit.options import RunOptions
     from awqkit.recipe import Recipe
 
 _HOMES = {
+    "PlainModel": "awqkit.model.plain_model",
     "Recipe": "awqkit.recipe",
     "RunOptions": "awqkit.options",
     "compare": "awqkit.api.compare",

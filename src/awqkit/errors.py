@@ -13,6 +13,22 @@ A message says what was found, where, what was expected and what to do next, in 
 Anything else that reaches a user is a bug.
 """
 
+from __future__ import annotations
+
+import re
+
+_GIST_CHARS = 160
+
+
+def gist(error: BaseException) -> str:
+    """What code that is not ours says in an error, in one line: the first sentence, and more as far as they fit."""
+    first, *others = re.split(r"(?<=[.!?]) +", " ".join(str(error).split()))
+    for sentence in others:
+        if len(first) + len(sentence) > _GIST_CHARS:
+            break
+        first = f"{first} {sentence}"
+    return first[: 2 * _GIST_CHARS].rstrip(".: ") or type(error).__name__
+
 
 class AwqkitError(Exception):
     """Base of all errors that are meant for the user; `str(error)` is one line."""

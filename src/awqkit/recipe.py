@@ -240,6 +240,11 @@ class Recipe:
         return self.folds == "on" and self.channel_scale != "none"
 
     @property
+    def needs_logits(self) -> bool:
+        """Whether what follows the last block is run, too."""
+        return self.sensitivity != "none" or self.tuning_epochs > 0
+
+    @property
     def own_text(self) -> tuple[float, float]:
         """How much text of the model's own is learned from, and what it counts."""
         return self.generated, self.generated_weight

@@ -12,6 +12,7 @@ import awqkit
 
 def test_the_public_names_are_these():
     assert awqkit.__all__ == [
+        "PlainModel",
         "Recipe",
         "RunOptions",
         "__version__",

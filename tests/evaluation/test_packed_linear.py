@@ -84,7 +84,7 @@ def test_in_float16_it_is_dequantized() -> None:
     linear = PackedLinear(weight, BIAS, torch.float16)
     x = torch.randn(5, 64).to(torch.float16)
     assert not linear.uses_kernel
-    expected = F.linear(x, dequantize(weight.codes, weight.grid).to(torch.float16)) + BIAS.to(torch.float16)
+    expected = F.linear(x, dequantize(weight.codes, weight.grid).to(torch.float16), BIAS.to(torch.float16))
     assert torch.equal(linear(x), expected)
 
 

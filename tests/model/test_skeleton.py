@@ -199,6 +199,32 @@ def test_a_model_that_computes_between_its_blocks_is_refused(monkeypatch: pytest
         list(skeleton.start([(IDS, None)], CPU))
 
 
+def test_of_several_ways_to_answer_the_one_that_got_furthest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows can be unpacked as a pair: the plain answer fails first, and not for the reason that counts."""
+
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        for block in (*model.blocks, *model.blocks):
+            hidden, _ = block(hidden)
+        return hidden
+
+    skeleton, _ = toy_skeleton(monkeypatch, [Pair(None), Pair(None)], forward)
+    with pytest.raises(ModelError, match="block 0 of blocks was called out of order"):
+        list(skeleton.start([(IDS.expand(2, 8), None)], CPU))
+
+
+def test_blocks_that_get_their_hidden_states_under_a_name_of_their_own_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        for block in model.blocks:
+            hidden = block(x=hidden, state=None)[0]
+        return hidden
+
+    skeleton, _ = toy_skeleton(monkeypatch, [Pair(), Pair()], forward)
+    with pytest.raises(ModelError, match=r"block 0 of blocks is called with keywords only \(x, state\)"):
+        list(skeleton.start([(IDS, None)], CPU))
+
+
 def test_blocks_that_hand_each_other_more_than_hidden_states_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         state = None

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import block_probes, tiny_model, token_rows
+from tiny_modules import Tower, with_random_weights
 from torch import Tensor
 
+from awqkit import PlainModel
 from awqkit.methods.fold import consumer_scale
 from awqkit.model.producers import StoredProducer, store_producer
 from awqkit.model.structure import Fold
@@ -34,9 +36,9 @@ def _naive(fold: Fold, parameters: Mapping[str, Tensor], s: Tensor) -> StoredPro
     return StoredProducer(values, s)
 
 
-def _folded(model: Any, store: Any, seed: int = 0) -> Any:
+def _folded(model: Any, store: Any, seed: int = 0, described: Any = None) -> Any:
     """The model with a random s in [0.2, 5] in every fold of every block, computed in float32."""
-    skeleton, _, structures = block_probes(model)
+    skeleton, _, structures = block_probes(model, described)
     folded = deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     for index, structure in enumerate(structures):
@@ -50,10 +52,12 @@ def _folded(model: Any, store: Any, seed: int = 0) -> Any:
                     assert torch.equal(value.to(BF16).float(), value)
                     target[name].copy_(value)
                 if fold.producer_linear is not None:
-                    target[structure.linear(fold.producer_linear).weight].div_(stored.channel_scale[:, None])
+                    view = structure.linear(fold.producer_linear)
+                    view.oriented(target[view.weight]).div_(stored.channel_scale[:, None])
                 for name in fold.consumers:
                     s = consumer_scale(stored.channel_scale, fold.channel_of[name])
-                    target[structure.linear(name).weight].mul_(s)
+                    view = structure.linear(name)
+                    view.oriented(target[view.weight]).mul_(s)
     return folded
 
 
@@ -71,6 +75,14 @@ def test_the_folded_model_is_the_original_and_the_naive_way_drifts(family: str) 
     assert exact < 1e-5
     assert naive > 20 * exact
     assert naive > 5e-4
+
+
+def test_a_plain_module_is_folded_as_exactly() -> None:
+    model = with_random_weights(Tower())
+    described = PlainModel(model, ("ground", "first"))
+    exact, naive = (_drift(model, _folded(model, store, described=described)) for store in (_exact, _naive))
+    assert exact < 1e-5
+    assert naive > 20 * exact
 
 
 @pytest.mark.parametrize("family", ["opt", "starcoder2"])

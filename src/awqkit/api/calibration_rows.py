@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from awqkit.calibration.rows import pack_rows, rows_from_ids
 from awqkit.calibration.sources import read_documents
@@ -58,8 +59,10 @@ def source_name(source: str) -> str:
     return Path(source).name if Path(source).expanduser().exists() else source
 
 
-def given_rows(token_ids: Sequence[Sequence[int]]) -> CalibrationRows:
-    """Rows of a caller's own ids; every ninth of them is held out, padding is masked."""
+def given_rows(token_ids: Sequence[Sequence[int]] | Tensor) -> CalibrationRows:
+    """Rows of a caller's own ids, lists or `[rows, tokens]`; every ninth of them is held out, padding is masked."""
+    if isinstance(token_ids, Tensor):
+        token_ids = token_ids.tolist()
     if not token_ids:
         raise CalibrationError("calibration: an empty list of token rows; give at least one row of token ids")
     ids, mask = rows_from_ids(token_ids)

@@ -21,17 +21,16 @@ from awqkit.api.device import choose_device
 from awqkit.api.entries import Entry, entries_for, original_bits
 from awqkit.api.evaluate import text_windows
 from awqkit.api.generated_rows import with_generated
-from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
-from awqkit.api.source import open_source
+from awqkit.api.given_model import GivenModel, find_given, given_name, open_given
+from awqkit.api.refuse import refuse_unknown_tokens
 from awqkit.calibration.sources import Documents, read_documents
-from awqkit.checkpoint.hub import resolve_model
-from awqkit.checkpoint.reader import Checkpoint
 from awqkit.decisions import CalibrationSummary, as_json
 from awqkit.errors import UsageError
 from awqkit.evaluation.evaluate import Evaluation, evaluate_states
 from awqkit.events import Caution, Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
+from awqkit.model.plain_model import PlainModel
 from awqkit.model.skeleton import Skeleton
-from awqkit.model.transformers_bridge import TextEncoder, load_config, load_text_encoder
+from awqkit.model.transformers_bridge import TextEncoder
 from awqkit.options import RunOptions
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.compare import EVALUATE, Compared, CompareRows, LearningRows, compare_recipes
@@ -94,7 +93,7 @@ class _Text:
 
 
 def compare(
-    model: str | Path,
+    model: str | Path | PlainModel,
     text: str | Path | Documents | Sequence[str | Path | Documents],
     *,
     methods: Sequence[str] = METHODS,
@@ -109,44 +108,40 @@ def compare(
     options: RunOptions | None = None,
     emit: Emit = ignore_events,
 ) -> Comparison:
-    """Quantize `model` (a folder or hub id) in memory by every method at every bit width and measure each on `text`.
+    """Quantize `model` in memory by every method at every bit width and measure each on `text`.
 
-    text: one or more of .txt, .jsonl, "builtin", a hub dataset, or Documents. group_size: as in Recipe; smoothquant has
-    its own, and its own bits. samples, seq_len, seed: calibration rows; seq_len is that of the windows, too. windows:
-    how many of each text, None for all. exclude_modules: standard library modules that builtin calibration leaves out.
+    model: a folder, a hub id, or a PlainModel that can encode text. text: one or more of .txt, .jsonl, "builtin", a hub
+    dataset, or Documents. group_size: as in Recipe; smoothquant has its own, and its own bits. samples, seq_len, seed:
+    calibration rows; seq_len is that of the windows, too. windows: how many of each text, None for all.
+    exclude_modules: standard library modules that builtin calibration leaves out.
     A method that the model cannot have is skipped with a Caution. Raises AwqkitError.
     """
     started = time.monotonic()
     options = options or RunOptions()
     named = contender_recipes(methods, bits, group_size=group_size, samples=samples, seq_len=seq_len, seed=seed)
-    device, directory = choose_device(options.device), resolve_model(model)
-    source = open_source(directory)
-    checkpoint = source.checkpoint
-    if source.caution is not None:
-        emit(Caution(source.caution))
-    trust = options.trust_remote_code
-    skeleton = Skeleton(load_config(directory, trust_remote_code=trust), checkpoint, trust_remote_code=trust)
-    refuse_incomplete(checkpoint, skeleton)
-    refuse_misfit(checkpoint, skeleton)
-    encoder = load_text_encoder(directory, trust_remote_code=trust)
+    device = choose_device(options.device)
+    given = open_given(find_given(model), given_name(model), device, options, needs_logits=True)
+    skeleton, encoder = given.skeleton, given.encoder()
+    if given.caution is not None:
+        emit(Caution(given.caution))
     texts = _texts(text, calibration, encoder, seq_len, windows, emit)
     evaluation = TokenRows(torch.cat([each.windows for each in texts]))
     refuse_unknown_tokens(evaluation, skeleton, "text")
     rows = _calibration_rows(named, calibration, encoder, exclude_modules, skeleton, emit)
-    entered, skipped = entries_for(checkpoint, skeleton, named, device)
+    entered, skipped = entries_for(given.source, skeleton, named, device)
     for line in skipped:
         emit(Caution(line))
     generating = time.monotonic()
-    learning = {} if rows is None else _learning_rows(rows, entered, checkpoint, skeleton, device, options, emit)
+    learning = {} if rows is None else _learning_rows(rows, entered, given, device, options, emit)
     generate_seconds = time.monotonic() - generating
     contenders = [each.contender for each in entered]
     compared = compare_recipes(skeleton, contenders, CompareRows(learning, evaluation), device, emit)
     measuring = time.monotonic()
     scores = _scores(skeleton, texts, len(encoder.start_tokens), compared, device, emit)
     measured = compared.shared_seconds.get(EVALUATE, 0.0) + time.monotonic() - measuring
-    whole = original_bits(checkpoint, skeleton, entered[0].contender.plan) if ORIGINAL in methods else None
+    whole = original_bits(given.source, skeleton, entered[0].contender.plan) if ORIGINAL in methods else None
     return Comparison(
-        model=source_name(str(model)) if Path(model).is_dir() else str(model),
+        model=given.name,
         rows=tuple(_rows(texts, scores, whole, entered, compared)),
         windows={each.label: len(each.windows) for each in texts},
         tokens_per_window=seq_len,
@@ -211,8 +206,7 @@ def _calibration_rows(
 def _learning_rows(
     rows: CalibrationRows,
     entered: Sequence[Entry],
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    given: GivenModel,
     device: torch.device,
     options: RunOptions,
     emit: Emit,
@@ -221,7 +215,7 @@ def _learning_rows(
     found = {}
     for recipe in (each.contender.recipe for each in entered):
         if recipe.needs_calibration and recipe.own_text not in found:
-            all_rows = with_generated(rows, recipe, checkpoint, skeleton, device, options, emit)
+            all_rows = with_generated(rows, recipe, given, device, options, emit)
             found[recipe.own_text] = LearningRows(all_rows.calibration, all_rows.held_out)
     return found
 

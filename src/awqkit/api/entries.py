@@ -10,7 +10,7 @@ import torch
 
 from awqkit.api.contenders import NamedRecipe
 from awqkit.api.quantize import stored_dtype_of
-from awqkit.checkpoint.reader import Checkpoint
+from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.errors import AwqkitError, FormatError, UsageError
 from awqkit.formats.format import FORMATS, Format, format_for
 from awqkit.formats.scheme import Scheme
@@ -31,7 +31,7 @@ class Entry:
 
 
 def entries_for(
-    checkpoint: Checkpoint, skeleton: Skeleton, named: Sequence[NamedRecipe], device: torch.device
+    source: TensorSource, skeleton: Skeleton, named: Sequence[NamedRecipe], device: torch.device
 ) -> tuple[list[Entry], list[str]]:
     """A plan for every method, and a line for each that the model cannot have. Raises where that is all of them."""
     found = look_at(skeleton, device)
@@ -40,7 +40,7 @@ def entries_for(
     for each in named:
         try:
             recipe, written = _storable(each.recipe)
-            stored_dtype = stored_dtype_of(checkpoint, recipe)
+            stored_dtype = stored_dtype_of(source, recipe)
             plan = plan_linears(skeleton, found, recipe, stored_dtype, written.why_not_held, written.fused_partners)
         except (FormatError, UsageError) as error:
             failed.append((each.label, error))
@@ -73,8 +73,8 @@ def _bits_per_weight(plan: RunPlan, recipe: Recipe, written: Format) -> float:
     return 8 * num_bytes / num_weights
 
 
-def original_bits(checkpoint: Checkpoint, skeleton: Skeleton, plan: RunPlan) -> int:
+def original_bits(source: TensorSource, skeleton: Skeleton, plan: RunPlan) -> int:
     """Bits of a block's weights on disk, with their scales where they have few."""
     block = plan.blocks[0]
     disk = skeleton.disk_names(f"{block.path}.{parameter_of(block.structure.linears[0].weight)}")[0]
-    return round(8 * checkpoint.stored_bytes(disk) / math.prod(checkpoint.shape(disk)))
+    return round(8 * source.stored_bytes(disk) / math.prod(source.shape(disk)))

@@ -4,38 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from awqkit.api.given_model import GivenModel
 from awqkit.checkpoint.reader import Checkpoint
+from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.errors import CheckpointError
 from awqkit.pipeline.activations import TokenRows
 from awqkit.recipe import Recipe
 
 
 def fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, rows: TokenRows | None, held_out: TokenRows | None, version: str
+    given: GivenModel, recipe: Recipe, rows: TokenRows | None, held_out: TokenRows | None, version: str
 ) -> dict[str, Any]:
     """Item -> value; where one differs the run would write other bytes. version: of awqkit.
 
-    A file of the checkpoint is known by its size and the time when it was changed.
+    A file of a model folder is known by its size and the time when it was changed, a tensor in memory by what it holds.
     """
+    model = _tensors(given.source) if given.folder is None else _files(given.folder)
+    return {
+        "awqkit": version,
+        "recipe": recipe.to_dict(),
+        **model,
+        "calibration text": _digest(*(_bytes(part) for part in (rows, held_out) if part is not None)),
+    }
+
+
+def _files(folder: Checkpoint) -> dict[str, Any]:
     files = {}
-    for file in sorted({tensor.file for tensor in checkpoint.stored}):
+    for file in sorted({tensor.file for tensor in folder.stored}):
         try:
             found = file.stat()
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be looked at ({error.strerror or error})") from error
         files[file.name] = [found.st_size, found.st_mtime_ns]
-    return {
-        "awqkit": version,
-        "recipe": recipe.to_dict(),
-        "model files": files,
-        "config.json": _digest(json.dumps(checkpoint.config, sort_keys=True, default=str).encode()),
-        "calibration text": _digest(*(_bytes(part) for part in (rows, held_out) if part is not None)),
-    }
+    config = json.dumps(folder.config, sort_keys=True, default=str).encode()
+    return {"model files": files, "config.json": _digest(config)}
+
+
+def _tensors(source: TensorSource) -> dict[str, Any]:
+    def checksum(name: str) -> list[Any]:
+        data = source.read(name).reshape(-1).view(torch.uint8).numpy()
+        return [list(source.shape(name)), zlib.crc32(memoryview(data))]
+
+    return {"tensors": {name: checksum(name) for name in source.names}}
 
 
 def environment(device: torch.device, versions: Mapping[str, str]) -> dict[str, str]:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from awqkit.api.device import choose_device
-from awqkit.api.refuse import refuse_incomplete, refuse_misfit
-from awqkit.api.source import open_source
+from awqkit.api.given_model import find_given, given_name, open_given
 from awqkit.checkpoint.hub import resolve_model
 from awqkit.decisions import as_json
+from awqkit.errors import UsageError
 from awqkit.events import Emit, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
 from awqkit.model.folds import PROOF_TOLERANCE, proof_errors, proved_together
+from awqkit.model.plain_model import PlainModel
 from awqkit.model.random_weights import RandomWeights
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
@@ -67,25 +68,24 @@ class FoundFolds:
 
 
 def folds(
-    model: str | Path, *, random_weights: bool = False, options: RunOptions | None = None, emit: Emit = ignore_events
+    model: str | Path | PlainModel,
+    *,
+    random_weights: bool = False,
+    options: RunOptions | None = None,
+    emit: Emit = ignore_events,
 ) -> FoundFolds:
-    """What discovery finds in `model`, a folder or a hub id, and the proof's error of each fold.
+    """What discovery finds in `model`, a folder, a hub id or a PlainModel, and the proof's error of each fold.
 
     random_weights: take the config alone; the folder needs no weights, and of a hub model none are fetched. One block
     at a time is in memory. Raises AwqkitError where the model cannot be understood.
     """
     options = options or RunOptions()
     device = choose_device(options.device)
-    directory = resolve_model(model, weights=not random_weights)
-    config = load_config(directory, trust_remote_code=options.trust_remote_code)
     if random_weights:
-        source = RandomWeights(config, trust_remote_code=options.trust_remote_code)
-        skeleton = Skeleton(config, source, trust_remote_code=options.trust_remote_code)
+        skeleton = _random_skeleton(model, options)
     else:
-        checkpoint = open_source(directory).checkpoint
-        skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
-        refuse_incomplete(checkpoint, skeleton)
-        refuse_misfit(checkpoint, skeleton)
+        found_model = find_given(model)
+        skeleton = open_given(found_model, given_name(model), device, options, needs_logits=False).skeleton
     probe = make_probe(skeleton, device)
     kinds: dict[Any, list[int]] = {}
     for index in range(skeleton.num_blocks):
@@ -96,7 +96,16 @@ def folds(
         found.append(_look_at_kind(skeleton, probe, blocks, device))
         emit(TaskAdvanced(_TASK, done))
     emit(TaskFinished(_TASK))
-    return FoundFolds(str(model), random_weights, skeleton.num_blocks, tuple(found))
+    name = model.title if isinstance(model, PlainModel) else str(model)
+    return FoundFolds(name, random_weights, skeleton.num_blocks, tuple(found))
+
+
+def _random_skeleton(model: str | Path | PlainModel, options: RunOptions) -> Skeleton:
+    if isinstance(model, PlainModel):
+        raise UsageError("random_weights takes the config of a folder; a plain module has weights of its own")
+    trust = options.trust_remote_code
+    config = load_config(resolve_model(model, weights=False), trust_remote_code=trust)
+    return Skeleton(config, RandomWeights(config, trust_remote_code=trust), trust_remote_code=trust)
 
 
 def _look_at_kind(skeleton: Skeleton, probe: Probe, blocks: Sequence[int], device: torch.device) -> FoundKind:

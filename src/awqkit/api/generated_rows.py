@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from awqkit.api.calibration_rows import CalibrationRows
+from awqkit.api.given_model import GivenModel
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.errors import AwqkitError
 from awqkit.evaluation.load import load_checkpoint
@@ -21,6 +22,7 @@ from awqkit.recipe import Recipe
 
 _TASK = "step of the model's own text"
 _NONE = "the model writes no calibration rows of its own, the text is used alone: {}; --generated 0 asks for that"
+_PLAIN = "a plain module has no `generate`"
 _GIST_CHARS = 160
 _ROOM = 1.3  # memory ÷ weights: what the cache of a few passages and the activations need beside them
 
@@ -45,8 +47,7 @@ def own_text(rows: CalibrationRows) -> OwnText:
 def with_generated(
     rows: CalibrationRows,
     recipe: Recipe,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    given: GivenModel,
     device: torch.device,
     options: RunOptions,
     emit: Emit,
@@ -54,8 +55,8 @@ def with_generated(
 ) -> CalibrationRows:
     """The rows, and behind them `recipe.generated` times as many that the model wrote, of the held-out ones as well.
 
-    kept: what the model wrote in an earlier run, which is taken as it is. A model that does not fit into memory as a
-    whole, or cannot generate, writes nothing: a Caution says so, and the summary has the reason.
+    kept: what the model wrote in an earlier run, which is taken as it is. A plain module, and a model that does not fit
+    into memory as a whole or cannot generate, writes nothing: a Caution says so, and the summary has the reason.
     """
     counts = [round(recipe.generated * count) for count in (rows.summary.rows, rows.summary.held_out_rows)]
     if not sum(counts):
@@ -64,15 +65,17 @@ def with_generated(
         if kept.failed is not None:
             return replace(rows, summary=replace(rows.summary, not_generated=kept.failed))
         return _joined(rows, kept.ids, counts, recipe)
+    if given.folder is None:
+        return _without(rows, _PLAIN, emit)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    needed, free = _needed_bytes(checkpoint, dtype), free_bytes(device)
+    needed, free = _needed_bytes(given.folder, dtype), free_bytes(device)
     if free is not None and needed > free:
         reason = f"as a whole it takes {needed / 1e9:.1f} GB, and {device.type} has {free / 1e9:.1f} GB free"
         return _without(rows, reason, emit)
     emit(TaskStarted(_TASK, 1))
     failed = None
     try:
-        ids = _written(rows, sum(counts), recipe.seed, checkpoint, skeleton, dtype, device, options, emit)
+        ids = _written(rows, sum(counts), recipe.seed, given.folder, given.skeleton, dtype, device, options, emit)
     except AwqkitError:
         raise
     except Exception as error:  # a model's own `generate` may be missing or fail in many ways; the text alone will do

@@ -16,22 +16,24 @@ from awqkit.api.calibration_rows import CalibrationRows, given_rows, rows_text, 
 from awqkit.api.device import choose_device
 from awqkit.api.fingerprint import changed_environment, environment, fingerprint
 from awqkit.api.generated_rows import OwnText, own_text, with_generated
-from awqkit.api.refuse import refuse_incomplete, refuse_misfit, refuse_unknown_tokens
+from awqkit.api.given_model import GivenModel, find_given, given_name, open_given
+from awqkit.api.refuse import refuse_unknown_tokens
+from awqkit.api.refuse_plain import refuse_padded
 from awqkit.api.report_page import check_report_path, write_report
-from awqkit.api.source import open_source
-from awqkit.checkpoint.hub import resolve_model
 from awqkit.checkpoint.output import refuse_output
-from awqkit.checkpoint.reader import Checkpoint
 from awqkit.checkpoint.reports import REPORT_FILE, TIMINGS_FILE
 from awqkit.checkpoint.run_state import RunState
+from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
 from awqkit.errors import OutputError
+from awqkit.evaluation.fill_module import TURNED_KEY
 from awqkit.events import Caution, Emit, Notice, ignore_events
-from awqkit.formats.format import Format, format_for
+from awqkit.formats.format import format_for
 from awqkit.formats.scheme import Scheme
 from awqkit.model.matrices import parameter_of
+from awqkit.model.plain_model import PlainModel
 from awqkit.model.skeleton import Skeleton
-from awqkit.model.transformers_bridge import library_versions, load_config, load_text_encoder
+from awqkit.model.transformers_bridge import library_versions
 from awqkit.options import RunOptions
 from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, written_before
 from awqkit.pipeline.layout import OutputLayout, plan_output
@@ -40,6 +42,11 @@ from awqkit.pipeline.run import Run, run
 from awqkit.recipe import DEFAULT_QUALITY, Recipe
 from awqkit.report.card import model_card
 from awqkit.report.report import Report
+
+_NO_SERVER = (
+    "no server loads this folder by itself, since the code of a plain module is not in it: "
+    "awqkit.load(DIR, into=MODULE) fills a module of its class"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +59,17 @@ class QuantizeResult:
 
 
 def quantize(
-    model: str | Path,
+    model: str | Path | PlainModel,
     out: str | Path,
     recipe: Recipe | None = None,
     *,
-    calibration: str | Path | Sequence[Sequence[int]] | None = None,
+    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None = None,
     exclude_modules: frozenset[str] = frozenset(),
     options: RunOptions | None = None,
     report_page: str | Path | None = None,
     emit: Emit = ignore_events,
 ) -> QuantizeResult:
-    """Quantize `model` (a folder or a hub id) into the new folder `out` and return what was decided.
+    """Quantize `model` (a folder, a hub id or a PlainModel) into the new folder `out` and return what was decided.
 
     recipe: the default preset where None. calibration: takes the place of `recipe.calibration`; or token rows, lists
     of ids that include whatever the model expects at the start of a text. exclude_modules: standard library modules
@@ -75,35 +82,34 @@ def quantize(
         check_report_path(report_page, out)
     written = format_for(recipe)  # before a hub model is fetched
     device = choose_device(options.device)
-    directory = resolve_model(model)
-    refuse_output(out, directory, options.overwrite)
-    source = open_source(directory)
-    checkpoint = source.checkpoint
-    config = load_config(directory, trust_remote_code=options.trust_remote_code)
-    skeleton = Skeleton(config, checkpoint, trust_remote_code=options.trust_remote_code)
-    refuse_incomplete(checkpoint, skeleton)
-    refuse_misfit(checkpoint, skeleton)
-    rows = _rows(directory, recipe, calibration, exclude_modules, options)
+    found = find_given(model)
+    refuse_output(out, found if isinstance(found, Path) else None, options.overwrite)
+    given = open_given(found, given_name(model), device, options, needs_logits=recipe.needs_logits)
+    source, skeleton, is_plain = given.source, given.skeleton, given.folder is None
+    rows = _rows(given, recipe, calibration, exclude_modules)
     if rows is not None:
-        refuse_unknown_tokens(rows.calibration, skeleton)
         emit(Notice(rows_text(rows.summary)))
-    stored_dtype = stored_dtype_of(checkpoint, recipe)
-    plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, written.fused_partners)
+    stored_dtype = stored_dtype_of(source, recipe)
+    fused_partners = _none_fused if is_plain else written.fused_partners
+    plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, fused_partners)
     if recipe.group_size is None and plan.group_size != 128:
         emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
     scheme = Scheme.of(recipe, plan.group_size)
-    layout = plan_output(checkpoint, skeleton, plan, written, scheme)
+    layout = plan_output(source, skeleton, plan, written, scheme)
     for text in _unused_tensors(skeleton, layout):
         emit(Notice(text))
-    settings = _quantization_config(skeleton, plan, layout, written)
+    # What servers must know of linears that are kept; none of them reads a plain module's folder.
+    split = ((), ()) if is_plain else _kept_and_all(skeleton, plan, layout)
+    settings = written.quantization_config(scheme, *split)
     shapes = {linear.name: linear.shape for linear in plan.linears if linear.keep is None}
-    cautions = (*filter(None, [source.caution]), *written.cautions(shapes, scheme))
+    readers = [_NO_SERVER] if is_plain else written.cautions(shapes, scheme)
+    cautions = (*filter(None, [given.caution]), *readers)
     for text in (*_idle_choices(recipe, plan, skeleton), *cautions):
         emit(Caution(text))
-    job = Run(checkpoint, skeleton, recipe, plan, layout, written, device)
+    job = Run(source, skeleton, recipe, plan, layout, written, device)
     versions = _versions()
     text = (None, None) if rows is None else (rows.calibration, rows.held_out)
-    known = fingerprint(checkpoint, recipe, *text, versions["awqkit"])
+    known = fingerprint(given, recipe, *text, versions["awqkit"])
     places = plan_layout(layout.specs)
     with (
         RunState(out, known, restart=options.restart) as state,
@@ -119,13 +125,13 @@ def quantize(
         _tell_of_another_environment(state, environment(device, versions), emit)
         generating = time.monotonic()
         if rows is not None:
-            rows = _with_own_text(rows, state, recipe, checkpoint, skeleton, device, options, emit)
+            rows = _with_own_text(rows, state, recipe, given, device, options, emit)
         generate_seconds = time.monotonic() - generating
         calibration_rows, held_out = (None, None) if rows is None else (rows.calibration, rows.held_out)
         points = DurablePoints(state, writer, options.save_every)
         outcome = run(job, calibration_rows, held_out, writer, points, emit)
         report = Report(
-            model=_model_name(model),
+            model=given.name,
             recipe=recipe if rows is None else replace(recipe, calibration=rows.summary.source),
             group_size=plan.group_size,
             stored_dtype=str(stored_dtype).removeprefix("torch."),
@@ -134,14 +140,14 @@ def quantize(
             calibration=None if rows is None else rows.summary,
             blocks=outcome.blocks,
             tuning=outcome.tuning,
-            source_bytes=checkpoint.total_bytes,
+            source_bytes=source.total_bytes,
             written_bytes=sum(spec.num_bytes for spec in layout.specs),
             packed_bytes=sum(spec.num_bytes for spec in layout.specs if spec.name not in layout.kept),
             quantized_weights=sum(rows_ * columns for rows_, columns in shapes.values()),
             dropped=layout.dropped,
             cautions=cautions,
         )
-        _write_companions(writer, checkpoint, settings, report)
+        _write_companions(writer, given, settings, _turned(plan), report)
         seconds = time.monotonic() - started
         timings = {"seconds": seconds, "stages": {"generate": generate_seconds, **outcome.seconds}}
         writer.write_json(TIMINGS_FILE, timings)
@@ -159,8 +165,7 @@ def _with_own_text(
     rows: CalibrationRows,
     state: RunState,
     recipe: Recipe,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    given: GivenModel,
     device: torch.device,
     options: RunOptions,
     emit: Emit,
@@ -169,7 +174,7 @@ def _with_own_text(
     kept = None
     if state.journal:
         kept = OwnText(state.load(_OWN_TEXT)["ids"], state.journal["own_text_failed"])
-    rows = with_generated(rows, recipe, checkpoint, skeleton, device, options, emit, kept)
+    rows = with_generated(rows, recipe, given, device, options, emit, kept)
     state.lasting.append(_OWN_TEXT)
     if kept is None:
         found = own_text(rows)
@@ -187,18 +192,25 @@ def _tell_of_another_environment(state: RunState, now: dict[str, str], emit: Emi
 
 
 def _rows(
-    directory: Path,
+    given: GivenModel,
     recipe: Recipe,
-    calibration: str | Path | Sequence[Sequence[int]] | None,
+    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None,
     exclude_modules: frozenset[str],
-    options: RunOptions,
 ) -> CalibrationRows | None:
     if not recipe.needs_calibration:
         return None
     if calibration is not None and not isinstance(calibration, str | Path):
-        return given_rows(calibration)
-    encoder = load_text_encoder(directory, trust_remote_code=options.trust_remote_code)
-    return text_rows(recipe, calibration, encoder, exclude_modules)
+        rows = given_rows(calibration)
+    else:
+        rows = text_rows(recipe, calibration, given.encoder(), exclude_modules)
+    if given.folder is None:
+        refuse_padded(rows.calibration, given.name)
+    refuse_unknown_tokens(rows.calibration, given.skeleton)
+    return rows
+
+
+def _none_fused(linears: Sequence[str]) -> Sequence[Sequence[str]]:
+    return ()
 
 
 def _idle_choices(recipe: Recipe, plan: RunPlan, skeleton: Skeleton) -> list[str]:
@@ -224,7 +236,7 @@ def _unused_tensors(skeleton: Skeleton, layout: OutputLayout) -> list[str]:
     return [f"copied as they are, the model does not use them: {unused[0]}{more}"]
 
 
-def stored_dtype_of(checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
+def stored_dtype_of(source: TensorSource, recipe: Recipe) -> torch.dtype:
     """The recipe's dtype, else that of most of the source's float bytes, with float32 written as bfloat16.
 
     Bytes of low-bit weights do not count.
@@ -232,14 +244,16 @@ def stored_dtype_of(checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
     if recipe.dtype is not None:
         return getattr(torch, recipe.dtype)
     sizes: dict[torch.dtype, int] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if tensor.spec.dtype.is_floating_point and name not in checkpoint.derived:
-            sizes[tensor.spec.dtype] = sizes.get(tensor.spec.dtype, 0) + tensor.spec.num_bytes
-    source = max(sizes, key=lambda dtype: sizes[dtype], default=torch.bfloat16)
-    return source if source in (torch.bfloat16, torch.float16) else torch.bfloat16
+    for name in source.names:
+        dtype = source.dtype(name)
+        if dtype.is_floating_point and name not in source.derived:
+            sizes[dtype] = sizes.get(dtype, 0) + source.stored_bytes(name)
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=torch.bfloat16)
+    return most if most in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
-def _quantization_config(skeleton: Skeleton, plan: RunPlan, layout: OutputLayout, written: Format) -> dict[str, object]:
+def _kept_and_all(skeleton: Skeleton, plan: RunPlan, layout: OutputLayout) -> tuple[list[str], list[str]]:
+    """Paths of the linears that stay in full precision, and of all of them, as readers may call them."""
     packed = set(layout.packed.values())
     everything, kept = [], []
     for block in plan.blocks:
@@ -260,9 +274,7 @@ def _quantization_config(skeleton: Skeleton, plan: RunPlan, layout: OutputLayout
         for name in (*block.structure.unwatched, *_stacks_kept(block))
         for path in _paths_of_parameter(f"{block.path}.{name}", skeleton, shapes)
     ]
-    return written.quantization_config(
-        layout.scheme, [*kept, *unwatched, *outside], [*everything, *unwatched, *outside]
-    )
+    return [*kept, *unwatched, *outside], [*everything, *unwatched, *outside]
 
 
 def _stacks_kept(block: BlockPlan) -> list[str]:
@@ -290,16 +302,29 @@ def _paths_of_parameter(name: str, skeleton: Skeleton, shapes: Mapping[str, tupl
     return sorted(paths)
 
 
+def _turned(plan: RunPlan) -> list[str]:
+    """Quantized linears that the module holds as `[in, out]`; files have all of them the other way."""
+    return [
+        linear.name
+        for block in plan.blocks
+        for name, linear in block.linears.items()
+        if linear.keep is None and block.structure.linear(name).transposed
+    ]
+
+
 def _write_companions(
-    writer: CheckpointWriter, checkpoint: Checkpoint, settings: dict[str, object], report: Report
+    writer: CheckpointWriter, given: GivenModel, settings: dict[str, object], turned: list[str], report: Report
 ) -> None:
-    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+    folder, source_card = given.folder, None
+    config: dict[str, object] = {TURNED_KEY: turned} if turned else {}
+    if folder is not None:
+        config = {key: value for key, value in folder.config.items() if key != "torch_dtype"}
+        for name in folder.other_files():
+            writer.copy_file(folder.directory / name, name)
+        card = folder.directory / "README.md"
+        source_card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
     writer.write_json("config.json", {**config, "dtype": report.stored_dtype, "quantization_config": settings})
-    for name in checkpoint.other_files():
-        writer.copy_file(checkpoint.directory / name, name)
-    card = checkpoint.directory / "README.md"
-    source_card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    writer.write_text("README.md", model_card(report, source_card))
+    writer.write_text("README.md", model_card(report, source_card, is_plain=folder is None))
     writer.write_json(REPORT_FILE, report.to_json())
 
 
@@ -308,11 +333,6 @@ def _write_page(path: str | Path, report: Report, timings: dict[str, object], ou
         write_report(path, report.to_json(), timings, None)
     except OutputError as error:
         raise OutputError(f"{error}; the checkpoint {out} is complete") from error
-
-
-def _model_name(model: str | Path) -> str:
-    """A hub id as it is; of a folder its last part, since the way there is nobody's business."""
-    return Path(model).resolve().name if Path(model).is_dir() else str(model)
 
 
 def _versions() -> dict[str, str]:

@@ -16,13 +16,20 @@ SPARE_BYTES = 64 * 2**20  # room for tokenizer, config and reports, and for the 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def refuse_output(out: Path, model_dir: Path, overwrite: bool) -> None:
-    """Raises OutputError when OUT cannot be the result of a run on `model_dir`.
+def refuse_output(out: Path, model_dir: Path | None, overwrite: bool) -> None:
+    """Raises OutputError when OUT cannot be the result of a run on `model_dir`, None where no folder is read.
 
     Refused: OUT is MODEL, lies inside it or holds it; OUT is a file; OUT is a folder with content and
     `overwrite` is not set; with `overwrite`, a folder that does not look like a checkpoint; a parent that is
     missing or read-only.
     """
+    if model_dir is not None:
+        _refuse_overlap(out, model_dir)
+    refuse_existing(out, overwrite)
+    refuse_parent(out)
+
+
+def _refuse_overlap(out: Path, model_dir: Path) -> None:
     real_out, real_model = Path(os.path.realpath(out)), Path(os.path.realpath(model_dir))
     if real_out == real_model:
         raise OutputError(f"{out}: OUT is MODEL itself; write to another folder")
@@ -30,8 +37,6 @@ def refuse_output(out: Path, model_dir: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: OUT lies inside MODEL ({model_dir}); write to a folder outside it")
     if real_out in real_model.parents:
         raise OutputError(f"{out}: OUT holds MODEL ({model_dir}) inside it; write to another folder")
-    refuse_existing(out, overwrite)
-    refuse_parent(out)
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:

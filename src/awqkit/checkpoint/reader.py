@@ -67,14 +67,17 @@ class Checkpoint:
     _on_disk: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, directory: Path) -> Checkpoint:
-        """The model folder `directory`; reads config and headers, no tensor data. Raises CheckpointError."""
+    def open(cls, directory: Path, *, of_known_class: bool = True) -> Checkpoint:
+        """The model folder `directory`; reads config and headers, no tensor data. Raises CheckpointError.
+
+        of_known_class: whether config.json must name the model's class.
+        """
         files = _list_folder(directory)
         if INDEX_FILE in files and SINGLE_FILE not in files:
             tensors = _read_sharded(directory)
         else:
             tensors = read_header(directory / _single_file(directory, files))
-        return cls(directory, _read_config(directory), {tensor.spec.name: tensor for tensor in tensors})
+        return cls(directory, _read_config(directory, of_known_class), {tensor.spec.name: tensor for tensor in tensors})
 
     def with_derived(self, derived: Iterable[Derived], config: Mapping[str, Any]) -> Checkpoint:
         """The same folder with `config` in the place of its own, and tensors in the place of their parts."""
@@ -220,13 +223,18 @@ def _single_file(directory: Path, files: Iterable[str]) -> str:
     )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: Path, of_known_class: bool) -> dict[str, Any]:
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(f"{directory}: holds no {CONFIG_FILE}; copy it from where the weights come from")
     config = _read_json_object(file)
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
+    if of_known_class and (not isinstance(architectures, list) or not architectures):
+        if config.get("quantization_config"):
+            raise CheckpointError(
+                f'{file}: has no "architectures": these are quantized weights of a plain module, '
+                "awqkit.load(DIR, into=MODULE) fills one of its class"
+            )
         raise CheckpointError(
             f'{file}: has no "architectures", so the model class is not known; '
             'add it, for example "architectures": ["LlamaForCausalLM"]'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from awqkit.checkpoint.reader import Checkpoint
 from awqkit.errors import CheckpointError
 from awqkit.evaluation.int8_linear import Int8Linear
 from awqkit.evaluation.packed_linear import PackedLinear
-from awqkit.formats.format import stored_format
+from awqkit.formats.format import Format, stored_format
+from awqkit.formats.scheme import StoredConfig
 from awqkit.model.disk_places import Place, joined, places_on_disk
 from awqkit.model.transformers_bridge import empty_model, finish_loading, full_model, load_config
 from awqkit.numerics.grid import QuantizedWeight, dequantize
@@ -32,30 +33,60 @@ def load_checkpoint(
         model = empty_model(
             load_config(checkpoint.directory, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
         )
-        _fill_rest(model, checkpoint, {}, dtype, device)
+        fill_rest(model, checkpoint, (), dtype, device)
         return finish_loading(model, checkpoint.directory)
     if found is None:
         return full_model(checkpoint.directory, dtype, device, trust_remote_code=trust_remote_code)
-    stored, settings = found
-    config = load_config(checkpoint.directory, trust_remote_code=trust_remote_code)
-    model = empty_model(config, trust_remote_code=trust_remote_code)
-    scheme = settings.scheme
-    linear_class = PackedLinear if scheme.activations == "none" else Int8Linear
-    packed = stored.quantized_linears(checkpoint.names, scheme)
-
-    def unpacked(disk_path: str) -> QuantizedWeight:
-        return stored.unpack(disk_path, checkpoint.read_many(stored.tensor_names(disk_path, scheme)), scheme)
-
-    paths, stacks = _module_paths(model, packed)
-    _fill_stacks(model, stacks, unpacked, dtype, device)
+    model = empty_model(
+        load_config(checkpoint.directory, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+    packed = Packed(*found, checkpoint)
+    paths, stacks = _module_paths(model, packed.linears)
+    _fill_stacks(model, stacks, packed.weight, dtype, device)
     for disk_path, path in paths.items():
-        weight = _on_device(unpacked(disk_path), device)
-        bias_name = f"{disk_path}.bias"
-        bias = checkpoint.read(bias_name).to(device) if bias_name in checkpoint.tensors else None
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear_class(weight, bias, dtype))
-    _fill_rest(model, checkpoint, paths, dtype, device, stacks)
+        put_module(model, path, packed_linear(packed, disk_path, dtype, device))
+    fill_rest(model, checkpoint, list(paths.values()), dtype, device, stacks)
     return finish_loading(model, checkpoint.directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The quantized linears of a checkpoint."""
+
+    stored: Format
+    settings: StoredConfig
+    checkpoint: Checkpoint
+
+    @property
+    def linears(self) -> list[str]:
+        """Their paths on disk."""
+        return self.stored.quantized_linears(self.checkpoint.names, self.settings.scheme)
+
+    def names(self, linear: str) -> tuple[str, ...]:
+        """The tensors that stand for a linear's weight."""
+        return self.stored.tensor_names(linear, self.settings.scheme)
+
+    def shape(self, linear: str) -> tuple[int, int]:
+        """(out, in) of a linear."""
+        return self.stored.linear_shape(linear, self.checkpoint.read, self.settings.scheme)
+
+    def weight(self, linear: str) -> QuantizedWeight:
+        """A linear's codes and grid, on the CPU."""
+        return self.stored.unpack(linear, self.checkpoint.read_many(self.names(linear)), self.settings.scheme)
+
+
+def packed_linear(packed: Packed, linear: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The module that computes with a linear as it is stored."""
+    linear_class = PackedLinear if packed.settings.scheme.activations == "none" else Int8Linear
+    weight, bias_name = on_device(packed.weight(linear), device), f"{linear}.bias"
+    bias = packed.checkpoint.read(bias_name).to(device) if bias_name in packed.checkpoint.tensors else None
+    return linear_class(weight, bias, dtype)
+
+
+def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """`module` in the place of what stands at `path`."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _fill_stacks(
@@ -71,7 +102,7 @@ def _fill_stacks(
         owner = model.get_submodule(parent)
 
         def read(disk: str) -> torch.Tensor:
-            weight = _on_device(unpacked(disk.removesuffix(".weight")), device)
+            weight = on_device(unpacked(disk.removesuffix(".weight")), device)
             return dequantize(weight.codes, weight.grid).to(dtype)
 
         whole = joined(parts, owner._parameters[leaf].shape, read, device)
@@ -84,7 +115,8 @@ def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return getattr(torch, str(name).removeprefix("torch."), torch.float32)
 
 
-def _on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+def on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    """The same on `device`."""
     grid = replace(
         weight.grid, group_scale=weight.grid.group_scale.to(device), group_zero=weight.grid.group_zero.to(device)
     )
@@ -102,17 +134,17 @@ def _module_paths(model: nn.Module, disk_paths: list[str]) -> tuple[dict[str, st
     return paths, places.slices
 
 
-def _fill_rest(
+def fill_rest(
     model: nn.Module,
     checkpoint: Checkpoint,
-    paths: Mapping[str, str],
+    paths: Collection[str],
     dtype: torch.dtype,
     device: torch.device,
-    stacks: Collection[str] = (),
+    parameters: Collection[str] = (),
 ) -> None:
     """Every other parameter and buffer; a shared parameter is filled once, wherever it is used.
 
-    paths, stacks: modules and parameters that have their values already.
+    paths, parameters: modules and parameters that have their values already.
     """
     places = places_on_disk(model, checkpoint.names)
     on_disk, slices = places.whole, places.slices
@@ -124,7 +156,7 @@ def _fill_rest(
             stored = checkpoint.read(on_disk[name])
         elif name in slices:
             stored = joined(slices[name], value.shape, checkpoint.read)
-        elif name in stacks:
+        elif name in parameters:
             stored = value
         else:
             continue
@@ -134,8 +166,8 @@ def _fill_rest(
             raise CheckpointError(f"{checkpoint.directory}: no tensor for {name}, which the model needs")
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._parameters[leaf] = filled[id(value)]
-    packed = tuple(f"{path}." for path in paths.values())
-    for name, value in list(model.named_buffers()):
+    packed = tuple(f"{path}." for path in paths)
+    for name, value in list(model.named_buffers(remove_duplicate=False)):
         if name.startswith(packed):
             continue
         parent, _, leaf = name.rpartition(".")

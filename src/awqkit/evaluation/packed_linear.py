@@ -54,10 +54,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]` in the dtype of x."""
-        if self.uses_kernel:
-            product = int4_matmul(x, PackedInt4(self.layout, self.offsets, self.group_size))
-        else:
-            product = dequantize_matmul(x, self._codes(), self.group_scale, self.group_zero, self.group_size)
+        if not self.uses_kernel:
+            return dequantize_matmul(x, self._codes(), self.group_scale, self.group_zero, self.group_size, self.bias)
+        product = int4_matmul(x, PackedInt4(self.layout, self.offsets, self.group_size))
         return product if self.bias is None else product + self.bias
 
     def extra_repr(self) -> str:

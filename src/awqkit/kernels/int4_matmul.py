@@ -67,11 +67,19 @@ def int4_matmul(x: Tensor, weight: PackedInt4) -> Tensor:
     return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
-def dequantize_matmul(x: Tensor, codes: Tensor, group_scale: Tensor, group_zero: Tensor, group_size: int) -> Tensor:
-    """The reference: W dequantized in float32, rounded to the dtype of x, then a dense product.
+def dequantize_matmul(
+    x: Tensor,
+    codes: Tensor,
+    group_scale: Tensor,
+    group_zero: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The reference: W dequantized in float32, rounded to the dtype of x, then a dense linear.
 
-    x: `[..., in]`, codes: `[out, in]` uint8, group_scale and group_zero: `[out, groups]`. Returns `[..., out]`.
+    x: `[..., in]`, codes: `[out, in]` uint8, group_scale and group_zero: `[out, groups]`, bias: `[out]`. Returns
+    `[..., out]`.
     """
     grouped = codes.reshape(codes.shape[0], -1, group_size).to(torch.float32)
     weight = (grouped - group_zero.unsqueeze(-1).float()) * group_scale.unsqueeze(-1).float()
-    return F.linear(x, weight.reshape(codes.shape).to(x.dtype))
+    return F.linear(x, weight.reshape(codes.shape).to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
+from awqkit.model.named_blocks import NamedBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,37 +62,48 @@ _ANSWERS: tuple[Answer, ...] = (
 
 
 def record_calls(
-    decoder: nn.Module, blocks: nn.ModuleList, where: str, ids: Tensor, mask: Tensor | None, answer: Answer | None
+    decoder: Callable[..., Any],
+    blocks: NamedBlocks,
+    where: str,
+    ids: Tensor,
+    mask: Tensor | None,
+    answer: Answer | None,
 ) -> tuple[BlockInputs, Answer]:
     """What `decoder` calls its `blocks` with for the token ids `[rows, tokens]`, and how it wants them to answer.
 
     where: the path of the blocks, for messages. answer: what was found before, or None to find it. Raises ModelError
     where the blocks are not called once, in order and on each other's outputs alone.
     """
-    first: ModelError | None = None
+    failed: list[tuple[int, ModelError]] = []  # how many blocks were reached, and what went wrong then
     for each in _ANSWERS if answer is None else (answer,):
+        calls: list[BlockCall] = []
         try:
-            return _recorded(decoder, blocks, where, ids, mask, each), each
+            return _recorded(decoder, blocks, where, ids, mask, each, calls), each
         except _HandsMore:
             raise
         except ModelError as error:
-            first = error if first is None else first
-    assert first is not None
-    raise first
+            failed.append((len(calls), error))
+    raise max(failed, key=lambda one: one[0])[1]
 
 
 def _recorded(
-    decoder: nn.Module, blocks: nn.ModuleList, where: str, ids: Tensor, mask: Tensor | None, answer: Answer
+    decoder: Callable[..., Any],
+    blocks: NamedBlocks,
+    where: str,
+    ids: Tensor,
+    mask: Tensor | None,
+    answer: Answer,
+    calls: list[BlockCall],
 ) -> BlockInputs:
+    """See `record_calls`; calls: empty, gets those of the blocks that were reached."""
     hidden: list[Tensor] = []
-    calls: list[BlockCall] = []
     handed: list[Tensor] = []  # what the block before gave
 
     def record(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if index != len(calls):
                 raise ModelError(f"block {index} of {where} was called out of order: cannot stream it")
-            inputs, rest, kwargs = _split_hidden(args, kwargs)
+            inputs, rest, kwargs = _split_hidden(args, kwargs, f"block {index} of {where}")
             _check(inputs, (*rest, *kwargs.values()), index, handed, ids, where)
             if index == 0:
                 hidden.append(inputs)
@@ -131,7 +143,7 @@ def _check(inputs: Tensor, others: tuple[Any, ...], index: int, handed: list[Ten
 
 
 @contextmanager
-def blocks_replaced(blocks: nn.ModuleList, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+def blocks_replaced(blocks: NamedBlocks, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Inside, the model calls `forward_of(index)` in the place of each block."""
     originals = list(blocks)
     for index, block in enumerate(originals):
@@ -162,8 +174,13 @@ def _same(found: Any, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def _split_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+def _split_hidden(args: tuple, kwargs: dict[str, Any], block: str) -> tuple[Tensor, tuple, dict[str, Any]]:
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
+    if "hidden_states" not in rest:
+        raise ModelError(
+            f"{block} is called with keywords only ({', '.join(rest) or 'none'}): which of them is the hidden states "
+            "is not clear, they must come first and without a name: cannot stream it"
+        )
     return rest.pop("hidden_states"), (), rest

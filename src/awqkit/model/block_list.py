@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from awqkit.errors import ModelError
@@ -29,7 +31,7 @@ def find_block_list(model: nn.Module) -> str:
             f"no list of decoder blocks found in {type(model).__name__}: cannot quantize it block by block"
         )
     found = max(outermost, key=lambda path: outermost[path])
-    _refuse_shared(lists[found], found)
+    refuse_shared(lists[found], found)
     return found
 
 
@@ -41,7 +43,8 @@ def _text_decoder(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def _refuse_shared(blocks: nn.ModuleList, where: str) -> None:
+def refuse_shared(blocks: Iterable[nn.Module], where: str) -> None:
+    """Raises ModelError where two blocks hold one parameter."""
     owner: dict[int, int] = {}
     for index, block in enumerate(blocks):
         for name, value in block.named_parameters():

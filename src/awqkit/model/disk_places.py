@@ -64,7 +64,7 @@ def places_on_disk(model: nn.Module, disk_names: Iterable[str]) -> DiskPlaces:
     def spelled(name: str) -> str | None:
         return next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in available), None)
 
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     whole = {name: disk for name in tensors if (disk := spelled(name)) is not None}
     slices: dict[str, dict[str, Place]] = {}
     lost = {name: tensor for name, tensor in tensors.items() if name not in whole}

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from awqkit.errors import ModelError
 from awqkit.model.block_calls import Answer, BlockInputs, blocks_replaced, record_calls
-from awqkit.model.block_list import find_block_list
 from awqkit.model.disk_places import Place, joined, places_on_disk
 from awqkit.model.matrices import parameter_of, stack_and_index
+from awqkit.model.plain_model import PlainModel, plain_runnable
+from awqkit.model.runnable import Runnable, transformers_runnable
 from awqkit.model.transformers_bridge import empty_model
 
 
@@ -36,17 +37,19 @@ class WeightSource(Protocol):
 
 
 class Skeleton:
-    """A causal language model whose parameters are on the meta device until a part is asked for."""
+    """A causal language model whose parameters are on the meta device until a part is asked for.
 
-    def __init__(self, config: Any, source: WeightSource, *, trust_remote_code: bool = False) -> None:
-        self._model = empty_model(config, trust_remote_code=trust_remote_code, experts_apart=True)
+    model: a config of transformers, or a PlainModel.
+    """
+
+    def __init__(self, model: Any, source: WeightSource, *, trust_remote_code: bool = False) -> None:
+        self._runnable = _runnable(model, trust_remote_code)
+        self._model, self._decoder = self._runnable.module, self._runnable.decoder
+        self._blocks = self._runnable.blocks
         self._source = source
         self._places = places_on_disk(self._model, source.names)
         # Taken now: weights come and go with new Parameter objects, and tied ones are told by their identity.
         self._shared = {name: id(value) for name, value in self._model.named_parameters(remove_duplicate=False)}
-        self._list_path = find_block_list(self._model)
-        self._blocks = self._model.get_submodule(self._list_path)
-        self._decoder = getattr(self._model, "base_model", self._model)
         self._in_blocks = {id(part) for block in self._blocks for part in block.modules()}
         self._answer: Answer | None = None
         self._name_of_shared = {self._shared[name]: name for name in self.names() if name in self._shared}
@@ -58,7 +61,7 @@ class Skeleton:
 
     def block_path(self, index: int) -> str:
         """The module path of a block, for example `model.layers.3`."""
-        return f"{self._list_path}.{index}"
+        return self._blocks.paths[index]
 
     def block_kind(self, index: int) -> tuple[Any, ...]:
         """A key that two blocks share when they have the same class and the same parameters by name and shape."""
@@ -114,6 +117,11 @@ class Skeleton:
         parameters = (name for name in self.names() if not _is_buffer(self._model, name))
         return frozenset(disk for name in parameters for disk in self.disk_names(name))
 
+    def buffers_on_disk(self) -> frozenset[str]:
+        """Disk names of the model's buffers."""
+        buffers = (name for name in self.names() if _is_buffer(self._model, name))
+        return frozenset(disk for name in buffers for disk in self.disk_names(name))
+
     def shapes_on_disk(self) -> dict[str, tuple[int, ...]]:
         """Disk name -> the shape that the model gives each of its parameters there."""
         parameters = self.parameters_on_disk()
@@ -124,7 +132,7 @@ class Skeleton:
     @property
     def vocabulary_size(self) -> int:
         """How many token ids the model has an embedding for."""
-        return self._model.get_input_embeddings().weight.shape[0]
+        return self._runnable.vocabulary_size()
 
     def tied_duplicates(self) -> dict[str, str]:
         """Disk name -> disk name it is tied to, for parameters that the model shares and the checkpoint has twice."""
@@ -180,12 +188,11 @@ class Skeleton:
         outside = [(path, module) for path, module in self._model.named_modules() if not self._inside_block(module)]
 
         def logits(ids: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
-            keywords = {} if mask is None else {"attention_mask": mask.to(torch.int64)}
             if self._answer is None:
                 self._record(ids, mask)
             answer = self._answer
             with blocks_replaced(self._blocks, lambda index: lambda *args, **kwargs: answer(hidden)):
-                return self._model(input_ids=ids, use_cache=False, **keywords).logits
+                return self._runnable.logits(ids, mask)
 
         try:
             for path, module in outside:
@@ -200,7 +207,12 @@ class Skeleton:
 
     def _record(self, ids: Tensor, mask: Tensor | None) -> BlockInputs:
         """The model's own forward with recorders for blocks."""
-        recorded, self._answer = record_calls(self._decoder, self._blocks, self._list_path, ids, mask, self._answer)
+        runs = self._runnable
+        reach = runs.reach if self._answer is None else runs.reach_again
+        try:
+            recorded, self._answer = record_calls(reach, self._blocks, runs.where, ids, mask, self._answer)
+        except ModelError as error:
+            raise ModelError(f"{error}{runs.advice}") from error
         return recorded
 
     def _parameter(self, name: str) -> Tensor:
@@ -234,6 +246,12 @@ class Skeleton:
         if disk is not None:
             return self._source.read(disk)
         return joined(self._places.slices[name], like.shape, self._source.read)
+
+
+def _runnable(model: Any, trust_remote_code: bool) -> Runnable:
+    if isinstance(model, PlainModel):
+        return plain_runnable(model)
+    return transformers_runnable(empty_model(model, trust_remote_code=trust_remote_code, experts_apart=True))
 
 
 def _prefix_of(model: nn.Module, part: nn.Module) -> str:

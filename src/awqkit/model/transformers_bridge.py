@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,10 +14,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from awqkit.errors import CheckpointError, ModelError
+from awqkit.errors import CheckpointError, ModelError, gist
 from awqkit.numerics.draw import drawn_tokens
-
-_GIST_CHARS = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +44,7 @@ def load_text_encoder(directory: Path, *, trust_remote_code: bool = False) -> Te
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean the same to the user
         raise CheckpointError(
-            f"{directory}: the tokenizer cannot be loaded ({type(error).__name__}: {_gist(error)}); "
+            f"{directory}: the tokenizer cannot be loaded ({type(error).__name__}: {gist(error)}); "
             "copy the tokenizer files of the original model into it again"
         ) from error
 
@@ -86,7 +83,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
         if "trust_remote_code" in str(error):
             raise _needs_trust(directory) from error
         raise CheckpointError(
-            f"{directory / 'config.json'}: transformers cannot use it ({_gist(error)}); "
+            f"{directory / 'config.json'}: transformers cannot use it ({gist(error)}); "
             "fetch it again, or try a newer transformers (pip install -U transformers)"
         ) from error
     for part in (config, getattr(config, "text_config", None)):
@@ -144,7 +141,7 @@ def _not_built(config: Any, error: Exception) -> CheckpointError | ModelError:
         )
     return CheckpointError(
         f"{_name(config)}: transformers cannot build the model that config.json describes "
-        f"({type(error).__name__}: {_gist(error)}); fetch the model again, or try a newer transformers"
+        f"({type(error).__name__}: {gist(error)}); fetch the model again, or try a newer transformers"
     )
 
 
@@ -157,6 +154,13 @@ def _needs_trust(where: object) -> CheckpointError:
         f"{where}: this model runs code of its own (auto_map in config.json); "
         "read that code, then pass --trust-remote-code"
     )
+
+
+def is_of_transformers(module: nn.Module) -> bool:
+    """Whether the module is a model of transformers, which a folder describes better."""
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
 
 
 def full_model(
@@ -258,16 +262,6 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _gist(error: BaseException) -> str:
-    """An error of another library in one line: its first sentence, and more of them as far as they fit."""
-    first, *others = re.split(r"(?<=[.!?]) +", " ".join(str(error).split()))
-    for sentence in others:
-        if len(first) + len(sentence) > _GIST_CHARS:
-            break
-        first = f"{first} {sentence}"
-    return first[: 2 * _GIST_CHARS].rstrip(".: ") or type(error).__name__
-
-
 class _ViewsStayViews(TorchFunctionMode):
     """Inside, `contiguous` copies nothing."""
 
@@ -331,7 +325,7 @@ def write_dequantized_gguf(gguf: Path, out: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except ImportError as error:
         raise CheckpointError(
-            f"reading {gguf.name} needs gguf and accelerate: pip install 'awqkit[smollm2]' ({_gist(error)})"
+            f"reading {gguf.name} needs gguf and accelerate: pip install 'awqkit[smollm2]' ({gist(error)})"
         ) from error
     model.hf_quantizer = None  # it is a plain model now, but save_pretrained would refuse it as quantized
     if hasattr(model.config, "quantization_config"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from awqkit.checkpoint.header import TensorSpec
-from awqkit.checkpoint.reader import Checkpoint
+from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.formats.format import Format
 from awqkit.formats.scheme import Scheme
 from awqkit.model.skeleton import Skeleton
@@ -39,7 +39,7 @@ def packed_parts(skeleton: Skeleton, block: BlockPlan, linear: str) -> dict[str,
 
 
 def plan_output(
-    checkpoint: Checkpoint, skeleton: Skeleton, plan: RunPlan, written: Format, scheme: Scheme
+    source: TensorSource, skeleton: Skeleton, plan: RunPlan, written: Format, scheme: Scheme
 ) -> OutputLayout:
     """The output's tensors, in the order of the source's."""
     shapes = {}
@@ -51,7 +51,7 @@ def plan_output(
     parameters, duplicates = skeleton.parameters_on_disk(), skeleton.tied_duplicates()
     specs: list[TensorSpec] = []
     packed, kept, dropped = {}, {}, {}
-    for name in checkpoint.names:
+    for name in source.names:
         if name in duplicates:
             dropped[name] = f"tied to {duplicates[name]}"
         elif name in shapes:
@@ -59,8 +59,8 @@ def plan_output(
             parts = written.tensor_specs(packed[name], *shapes[name], scheme, plan.stored_dtype)
             specs += [TensorSpec(part, dtype, shape) for part, (dtype, shape) in parts.items()]
         else:
-            dtype = checkpoint.dtype(name)
+            dtype = source.dtype(name)
             kept[name] = plan.stored_dtype if name in parameters and dtype.is_floating_point else dtype
-            specs.append(TensorSpec(name, kept[name], checkpoint.shape(name)))
-    dropped |= {part: f"went into {name}, which was dequantized" for part, name in checkpoint.hidden.items()}
+            specs.append(TensorSpec(name, kept[name], source.shape(name)))
+    dropped |= {part: f"went into {name}, which was dequantized" for part, name in source.hidden.items()}
     return OutputLayout(scheme, tuple(specs), packed, kept, dropped)

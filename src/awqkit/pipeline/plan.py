@@ -65,7 +65,7 @@ class RunPlan:
 
 def make_probe(skeleton: Skeleton, device: torch.device) -> Probe:
     """A probe of two rows of 16 tokens: the first ids of the vocabulary fix the arguments, the states are N(0, 1)."""
-    ids = torch.arange(PROBE_TOKENS).expand(PROBE_ROWS, PROBE_TOKENS)
+    ids = torch.arange(PROBE_TOKENS).remainder(skeleton.vocabulary_size).expand(PROBE_ROWS, PROBE_TOKENS)
     (started,) = skeleton.start([(ids, None)], device)
     noise = torch.randn(started.hidden.shape, generator=torch.Generator().manual_seed(0))
     return Probe(noise.to(device), started.calls)

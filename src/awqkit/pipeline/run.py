@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from awqkit.checkpoint.reader import Checkpoint
+from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.checkpoint.writer import CheckpointWriter
 from awqkit.decisions import BlockDecision, TuningDecision
 from awqkit.errors import CheckpointError
@@ -37,7 +37,7 @@ _TASK, _GRADIENT_TASK = "block", "gradient step"
 class Run:
     """Everything that a run reads; nothing in it changes."""
 
-    checkpoint: Checkpoint
+    source: TensorSource
     skeleton: Skeleton
     recipe: Recipe
     plan: RunPlan
@@ -74,9 +74,10 @@ def run(
     inside = tuple(f"{block.path}." for block in job.plan.blocks)
     names = (name for name in job.skeleton.names() if name.startswith(inside))
     in_blocks = {disk for name in names for disk in job.skeleton.disk_names(name)}
+    buffers = job.skeleton.buffers_on_disk()
     for name in job.layout.kept:
         if name not in in_blocks and not writer.has(name):
-            _copy(job, name, writer)
+            _copy(job, name, writer, is_buffer=name in buffers)
     clock.enter("start")
     streams = None if rows is None else _streams(job, rows, held_out, emit)
     start, tuning = None, None
@@ -190,7 +191,7 @@ def _write(job: Run, context: BlockContext, result: BlockResult, writer: Checkpo
             if disk in stored:
                 writer.write(disk, stored[disk].to(job.layout.kept[disk]).cpu())
             else:
-                _copy(job, disk, writer)
+                _copy(job, disk, writer, is_buffer=name not in context.parameters)
 
 
 def _packed(job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -220,9 +221,10 @@ def _rewrite(
         writer.rewrite(disk, value.to(job.layout.kept[disk]).cpu())
 
 
-def _copy(job: Run, name: str, writer: CheckpointWriter) -> None:
-    tensor = job.checkpoint.read(name)
-    if tensor.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _pieces(tensor)):
+def _copy(job: Run, name: str, writer: CheckpointWriter, *, is_buffer: bool) -> None:
+    tensor = job.source.read(name)
+    checked = tensor.is_floating_point() and not is_buffer  # a mask in a buffer may hold −inf
+    if checked and not all(bool(torch.isfinite(part).all()) for part in _pieces(tensor)):
         raise CheckpointError(
             f"tensor {name} holds NaN or inf, so the checkpoint is damaged: fetch or convert it again; "
             "nothing was kept of this run"

@@ -10,12 +10,16 @@ from awqkit.recipe import PER_CHANNEL
 from awqkit.report.report import Report
 
 
-def model_card(report: Report, source_card: str | None) -> str:
-    """Markdown with a metadata header. source_card: the source's README, whose license line is kept, or None."""
+def model_card(report: Report, source_card: str | None, *, is_plain: bool = False) -> str:
+    """Markdown with a metadata header. source_card: the source's README, whose license line is kept, or None.
+
+    is_plain: whether the source was a module in memory, of which only the weights are in the folder.
+    """
     recipe = report.recipe
     written, scheme = FORMATS[recipe.format], Scheme.of(recipe, report.group_size)
     tags = ["tags:", f"- {written.name}", "- awqkit"]
-    header = ["---", *_license_lines(source_card), f"base_model: {report.model}", *tags, "---"]
+    base = [] if is_plain else [f"base_model: {report.model}"]
+    header = ["---", *_license_lines(source_card), *base, *tags, "---"]
     groups = "one a row" if report.group_size == PER_CHANNEL else report.group_size
     settings = {
         "format": written.title(scheme),
@@ -51,14 +55,20 @@ def model_card(report: Report, source_card: str | None) -> str:
         *(["## Cautions", "", *cautions, ""] if cautions else []),
         "## Use",
         "",
-        *textwrap.wrap(written.readers(scheme), _WIDTH, break_long_words=False),
-        *_USE.splitlines(),
+        *textwrap.wrap(_PLAIN if is_plain else written.readers(scheme), _WIDTH, break_long_words=False),
+        *(_DECISIONS if is_plain else _USE).splitlines(),
         "",
     ]
     return "\n".join(parts)
 
 
 _WIDTH = 118
+_DECISIONS = "Every decision, with its errors, is in `awqkit.json`."
+_PLAIN = (
+    "No server or library loads this folder by itself: it holds the weights of a plain PyTorch module, not its code. "
+    "`awqkit.load(DIR, into=MODULE)` fills a module of the class that was quantized; its linears then compute with the "
+    "packed weights."
+)
 _USE = textwrap.dedent("""\
     `awqkit.load(DIR)` gives a transformers model that needs no other package. Every decision, with its errors, is in
     `awqkit.json`.""")
