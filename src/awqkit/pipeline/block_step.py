@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from awqkit.decisions import BlockDecision, FoldDecision, KeptDecision, LinearDecision
-from awqkit.methods.evidence import Evidence, propagated_evidence
+from awqkit.methods.evidence import Evidence, Readers, propagated_evidence
 from awqkit.methods.linear import QuantizedLinear
 from awqkit.model.block_calls import run_block
 from awqkit.model.structure import Fold, LinearInput
@@ -26,6 +26,7 @@ from awqkit.numerics.grid import QuantizedWeight
 from awqkit.numerics.statistics import Statistics
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext, Stream, Streams
+from awqkit.pipeline.expert_tokens import picked_inputs
 from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.observe_block import (
     measure_row_weights,
@@ -43,6 +44,7 @@ from awqkit.pipeline.search_block import (
     choose,
     choose_plainly,
     metric_choices,
+    readers_named,
     readers_of,
 )
 from awqkit.pipeline.sensitivity import measure_sensitivity
@@ -220,12 +222,36 @@ def _on_both_streams(
 ) -> EvidenceOf:
     """With propagation: the original's input as it was kept, and the one that the quantized stream reaches."""
     assert observed.kept is not None
-    kept = observed.kept
-    choices = metric_choices(context.recipe)
+    kept, structure = observed.kept, context.structure
+    choices, picked = metric_choices(context.recipe), picked_inputs(context.structure)
+    position = {entry.first: number for number, entry in enumerate(structure.inputs)}
+    found: dict[str, tuple[list[QuantizedLinear], Evidence]] = {}  # by source, with the linears that it was found with
 
     def evidence(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Evidence:
         if entry.expert is not None:
-            return originals[entry.first]  # which tokens meet an expert differs from stream to stream
+            return of_expert(entry, quantized)
+        readers = readers_of(context, entry, measured)
+        return of_every_token(entry, quantized, readers)
+
+    def of_expert(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Evidence:
+        """Its own tokens' H, and the correction that all tokens of what it picks from ask for.
+
+        Which tokens meet an expert differs from stream to stream, so its own cannot be paired.
+        """
+        own, source = originals[entry.first], kept.source_of(entry.expert.experts)
+        if source is None or entry.first not in picked:
+            return own
+        before = [
+            linear for name, linear in quantized.items() if position[structure.input_of(name).first] < position[source]
+        ]
+        known = found.get(source)
+        if known is None or [id(each) for each in known[0]] != [id(each) for each in before]:
+            whole = structure.input_of(source)
+            readers = readers_named(context, whole.readers, measured)
+            found[source] = known = before, of_every_token(whole, quantized, readers)
+        return replace(own, shift=known[1].shift, strength=known[1].strength)
+
+    def of_every_token(entry: LinearInput, quantized: Mapping[str, QuantizedLinear], readers: Readers) -> Evidence:
         pairs = ((part, kept.at(entry.first, part), inputs, mask) for part, inputs, mask in rows.at(entry, quantized))
         paired, checked = observe_pair(entry, pairs, context.device, observed.token_weight), None
         if context.recipe.propagation == AUTO and held_out is not None and held_out.quantized is not None:
@@ -235,7 +261,7 @@ def _on_both_streams(
                 (part, inputs, met, mask) for (part, inputs, mask), (_, met, _) in zip(original, reached, strict=True)
             )
             checked = observe_pair(entry, both, context.device)
-        return propagated_evidence(paired, checked, readers_of(context, entry, measured), choices)
+        return propagated_evidence(paired, checked, readers, choices)
 
     return evidence
 

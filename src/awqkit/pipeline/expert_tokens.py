@@ -65,6 +65,14 @@ def with_few_tokens_shrunk(structure: BlockStructure, found: Mapping[str, Statis
     return result
 
 
+def picked_inputs(structure: BlockStructure) -> frozenset[str]:
+    """The first readers of the inputs that experts pick from tokens, and do not compute themselves."""
+    found: dict[str, list[str]] = {}
+    for alike in structure.inputs_of_experts():
+        found.setdefault(alike[0].expert.experts, [entry.first for entry in alike])
+    return frozenset(first for firsts in found.values() for first in firsts)
+
+
 def share_of_tokens(entry: LinearInput, statistics: Mapping[str, Statistics]) -> float:
     """How much of the block's tokens an input is made of: 1 for every token, less for an expert's."""
     most = max((found.token_count for found in statistics.values()), default=0)

@@ -23,11 +23,32 @@ class KeptInputs:
         shapes = [torch.Size((rows, tokens, entry.num_channels)) for entry in entries]
         kept = kept_states(shapes, device)
         self._kept = {entry.first: states for entry, states in zip(entries, kept, strict=True)}
+        self._latest: dict[str, Tensor] = {}
+        self._source: dict[str, str] = {}
 
     def keep(self, first: str, part: slice, inputs: Tensor) -> None:
         """Keep the inputs of some rows, `[rows, tokens, channels]` or with rows and tokens in one dimension."""
         place = self._kept[first][part]
         place.copy_(inputs.reshape(place.shape))
+        self._latest[first] = inputs
+
+    def find_source(self, experts: str, picked: Tensor, numbers: Tensor) -> None:
+        """Find which of the inputs that were just kept has the rows `numbers` that these experts picked."""
+        if experts in self._source:
+            return
+        for first, inputs in reversed(self._latest.items()):
+            tokens = inputs.reshape(-1, inputs.shape[-1])
+            if tokens.shape[-1] == picked.shape[-1] and torch.equal(tokens[numbers], picked):
+                self._source[experts] = first
+                return
+
+    def source_of(self, experts: str) -> str | None:
+        """The first reader of the tensor that experts pick their rows from, or None where none was found."""
+        return self._source.get(experts)
+
+    def let_go(self) -> None:
+        """Hold no inputs beyond the run of the block that they are from."""
+        self._latest.clear()
 
     def at(self, first: str, part: slice) -> Tensor:
         """The inputs of some rows, bfloat16 on the device."""

@@ -183,14 +183,21 @@ class _Observer:
             if entry.first in leave_out:
                 return
             if entry.expert is not None:
-                numbers = met.of(entry.expert, picked.rows_of(inputs), inputs)
+                rows = picked.rows_of(inputs)
+                if rows is not None and self._kept is not None:
+                    self._kept.find_source(entry.expert.experts, inputs, rows)
+                numbers = met.of(entry.expert, rows, inputs)
                 counted = tuple(of_tokens(each, numbers) for each in counted)
             elif self._kept is not None:
                 self._kept.keep(entry.first, part, inputs)
             self.found[entry.first] = accumulate_(self.found[entry.first], inputs, *counted)
 
-        with torch.no_grad(), picked, LinearWatch(self._watched, before=before):
-            return run()
+        try:
+            with torch.no_grad(), picked, LinearWatch(self._watched, before=before):
+                return run()
+        finally:
+            if self._kept is not None:
+                self._kept.let_go()
 
 
 def observe_pair(

@@ -223,7 +223,7 @@ def _search(
     consumers = [name for name in fold.consumers if not context.kept(name)]
     entries = context.structure.inputs_of(consumers)
     recipe, statistics = context.recipe, measured.statistics[entries[0].first]
-    readers = _readers(context, consumers, measured)
+    readers = readers_named(context, consumers, measured)
     evidence = originals[entries[0].first] if len(entries) == 1 else None
     if evidence is None:  # one s for what several tensors are made of: all their tokens, as often as they are read
         statistics = pooled([measured.statistics[entry.first] for entry in entries])
@@ -328,7 +328,7 @@ def quantized_readers(context: BlockContext, entry: LinearInput) -> list[str]:
 
 def readers_of(context: BlockContext, entry: LinearInput, measured: Measured) -> Readers:
     """The quantized readers of an input."""
-    return _readers(context, quantized_readers(context, entry), measured)
+    return readers_named(context, quantized_readers(context, entry), measured)
 
 
 def row_weights_of(context: BlockContext, names: Sequence[str], measured: Measured) -> list[Tensor]:
@@ -337,7 +337,8 @@ def row_weights_of(context: BlockContext, names: Sequence[str], measured: Measur
     return [measured.row_weights[name] * share for name, share in zip(names, shares, strict=True)]
 
 
-def _readers(context: BlockContext, names: Sequence[str], measured: Measured) -> Readers:
+def readers_named(context: BlockContext, names: Sequence[str], measured: Measured) -> Readers:
+    """These linears as readers of one input."""
     weights = tuple(context.weight(name) for name in names)
     rows = (measured.row_weights.get(name) for name in names)
     ones = (torch.ones(len(weight), device=weight.device) for weight in weights)
