@@ -162,7 +162,8 @@ class CalibrationSummary:
     """Which text was read and how much of it was used; nothing is dropped in silence.
 
     generated_rows, generated_held_out_rows: beside `rows` and `held_out_rows`, written by the model itself.
-    not_generated: why it wrote none although the Recipe asks for some.
+    not_generated: why it wrote none although the Recipe asks for some. checked_rows: how many of all that are held out
+    the checks took.
     """
 
     source: str
@@ -177,6 +178,7 @@ class CalibrationSummary:
     generated_rows: int = 0
     generated_held_out_rows: int = 0
     not_generated: str | None = None
+    checked_rows: int = 0
 
     @property
     def tokens_left(self) -> int:

@@ -19,6 +19,7 @@ from awqkit.pipeline.activations import TokenRows
 from awqkit.recipe import Recipe
 
 _MAX_START_TOKENS = 4  # more that all rows share is text
+_CHECK_TOKENS = 4096  # that held-out rows are thinned out to
 _HELD_OUT_SHARE = 8  # one row held out for every so many calibration rows
 
 
@@ -81,6 +82,14 @@ def given_rows(token_ids: Sequence[Sequence[int]] | Tensor) -> CalibrationRows:
         tokens_used=used,
     )
     return CalibrationRows(parts[0], parts[1] if bool(held.any()) else None, summary)
+
+
+def enough_to_check(rows: CalibrationRows) -> CalibrationRows:
+    """The rows with about 4096 held-out tokens, evenly spaced: enough to tell a choice that did harm, and cheaper."""
+    if rows.held_out is None:
+        return rows
+    held_out = rows.held_out.rows(slice(None, None, max(1, rows.held_out.ids.numel() // _CHECK_TOKENS)))
+    return replace(rows, held_out=held_out, summary=replace(rows.summary, checked_rows=len(held_out.ids)))
 
 
 def _start_of_all(token_ids: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awqkit.api.calibration_rows import CalibrationRows, rows_text, source_name, text_rows
+from awqkit.api.calibration_rows import CalibrationRows, enough_to_check, rows_text, source_name, text_rows
 from awqkit.api.contenders import DEFAULT_BITS, METHODS, ORIGINAL, NamedRecipe, contender_recipes
 from awqkit.api.device import choose_device
 from awqkit.api.entries import Entry, entries_for, original_bits
@@ -215,7 +215,7 @@ def _learning_rows(
     found = {}
     for recipe in (each.contender.recipe for each in entered):
         if recipe.needs_calibration and recipe.own_text not in found:
-            all_rows = with_generated(rows, recipe, given, device, options, emit)
+            all_rows = enough_to_check(with_generated(rows, recipe, given, device, options, emit))
             found[recipe.own_text] = LearningRows(all_rows.calibration, all_rows.held_out)
     return found
 

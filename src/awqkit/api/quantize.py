@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from awqkit.api.calibration_rows import CalibrationRows, given_rows, rows_text, text_rows
+from awqkit.api.calibration_rows import CalibrationRows, enough_to_check, given_rows, rows_text, text_rows
 from awqkit.api.device import choose_device
 from awqkit.api.fingerprint import changed_environment, environment, fingerprint
 from awqkit.api.generated_rows import OwnText, own_text, with_generated
@@ -125,7 +125,7 @@ def quantize(
         _tell_of_another_environment(state, environment(device, versions), emit)
         generating = time.monotonic()
         if rows is not None:
-            rows = _with_own_text(rows, state, recipe, given, device, options, emit)
+            rows = enough_to_check(_with_own_text(rows, state, recipe, given, device, options, emit))
         generate_seconds = time.monotonic() - generating
         calibration_rows, held_out = (None, None) if rows is None else (rows.calibration, rows.held_out)
         points = DurablePoints(state, writer, options.save_every)
