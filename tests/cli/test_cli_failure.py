@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from awqkit.checkpoint.run_state import KEPT_ATTRIBUTE
+from awqkit.cli.failure import report_failure
 from awqkit.errors import CheckpointError, FormatError, OutputError
 
 
@@ -157,3 +159,17 @@ def test_a_device_that_is_not_there_is_named(awqkit, api):
     (line,) = outcome.err.splitlines()
     assert line.startswith(f"awqkit quantize: error: --device {missing}: torch ")
     assert not api.calls
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "awqkit: interrupted, 5 of 30 blocks are done; the same command goes on"),
+        (MemoryError("x"), "awqkit: error: out of memory (x): 5 of 30 blocks are done; the same command goes on"),
+        (OutputError("out: full"), "awqkit: error: out: full; 5 of 30 blocks are done; the same command goes on"),
+    ],
+)
+def test_a_run_that_can_go_on_says_so(capsys, error, line):
+    setattr(error, KEPT_ATTRIBUTE, "5 of 30 blocks are done; the same command goes on")
+    report_failure(error, "awqkit quantize")
+    assert capsys.readouterr().err.strip() == line

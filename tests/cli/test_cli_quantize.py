@@ -65,6 +65,8 @@ def test_flags_become_the_recipe(awqkit, api, flags, recipe):
         ((), RunOptions()),
         (("--device", "cpu"), RunOptions(device="cpu")),
         (("--overwrite",), RunOptions(overwrite=True)),
+        (("--restart",), RunOptions(restart=True)),
+        (("--save-every", "5"), RunOptions(save_every=5)),
         (("--trust-remote-code",), RunOptions(trust_remote_code=True)),
     ],
 )

@@ -80,7 +80,7 @@ def build_parser() -> Parser:
         "--restart", action="store_true", help="throw away what a stopped run left, instead of going on from there"
     )
     group.add_argument(
-        "--save-every", type=whole_number(0), default=RunOptions.save_every, metavar="SECONDS",
+        "--save-every", type=whole_number(0), default=RunOptions().save_every, metavar="SECONDS",
         help="how often, at least, a run is made durable, between two blocks: a run that is stopped, even killed, goes "
         "on from there with the same command (default: 60)",
     )  # fmt: skip
