@@ -7,7 +7,7 @@ arguments. One block at a time has weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
-from awqkit.model.block_calls import Answer, BlockInputs, blocks_replaced, record_calls
-from awqkit.model.block_list import find_block_list
+from awqkit.model.block_calls import BlockInputs, laid_out
+from awqkit.model.block_list import find_block_list, shared_parameters
 from awqkit.model.disk_places import Place, joined, places_on_disk
 from awqkit.model.matrices import parameter_of, stack_and_index
+from awqkit.model.recorded_calls import Manner, blocks_replaced, record_calls
 from awqkit.model.transformers_bridge import empty_model
 
 
@@ -46,9 +47,10 @@ class Skeleton:
         self._shared = {name: id(value) for name, value in self._model.named_parameters(remove_duplicate=False)}
         self._list_path = find_block_list(self._model)
         self._blocks = self._model.get_submodule(self._list_path)
+        self._shared_by = shared_parameters(self._blocks)
         self._decoder = getattr(self._model, "base_model", self._model)
         self._in_blocks = {id(part) for block in self._blocks for part in block.modules()}
-        self._answer: Answer | None = None
+        self._manner: Manner | None = None
         self._name_of_shared = {self._shared[name]: name for name in self.names() if name in self._shared}
 
     @property
@@ -61,9 +63,17 @@ class Skeleton:
         return f"{self._list_path}.{index}"
 
     def block_kind(self, index: int) -> tuple[Any, ...]:
-        """A key that two blocks share when they have the same class and the same parameters by name and shape."""
-        block = self._blocks[index]
-        return (type(block), *((name, tuple(value.shape)) for name, value in block.named_parameters()))
+        """A key that two blocks have in common when class and parameters, by name and shape, are the same.
+
+        Of both the same parameters are shared with other blocks.
+        """
+        block, shared = self._blocks[index], self._shared_by[index]
+        parameters = ((name, tuple(value.shape), name in shared) for name, value in block.named_parameters())
+        return (type(block), *parameters)
+
+    def shared_by(self, index: int) -> Mapping[str, tuple[int, ...]]:
+        """The parameters of a block, by their names in it, that others share: each with the numbers of all of them."""
+        return self._shared_by[index]
 
     def names(self) -> list[str]:
         """Names of all parameters and buffers of the model that the checkpoint has."""
@@ -181,10 +191,10 @@ class Skeleton:
 
         def logits(ids: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
             keywords = {} if mask is None else {"attention_mask": mask.to(torch.int64)}
-            if self._answer is None:
+            if self._manner is None:
                 self._record(ids, mask)
-            answer = self._answer
-            with blocks_replaced(self._blocks, lambda index: lambda *args, **kwargs: answer(hidden)):
+            answer, given = self._manner.answer, laid_out(hidden, self._manner.ahead)
+            with blocks_replaced(self._blocks, lambda index: lambda *args, **kwargs: answer(given, index)):
                 return self._model(input_ids=ids, use_cache=False, **keywords).logits
 
         try:
@@ -200,7 +210,7 @@ class Skeleton:
 
     def _record(self, ids: Tensor, mask: Tensor | None) -> BlockInputs:
         """The model's own forward with recorders for blocks."""
-        recorded, self._answer = record_calls(self._decoder, self._blocks, self._list_path, ids, mask, self._answer)
+        recorded, self._manner = record_calls(self._decoder, self._blocks, self._list_path, ids, mask, self._manner)
         return recorded
 
     def _parameter(self, name: str) -> Tensor:
