@@ -9,8 +9,8 @@ from torch import nn
 from awqkit.errors import ModelError
 
 
-def find_block_list(model: nn.Module) -> str:
-    """The path of the outermost module list with the most parameters inside the text decoder.
+def find_block_lists(model: nn.Module) -> list[str]:
+    """The paths of the outermost module lists inside the text decoder, those with the most parameters first.
 
     Raises ModelError where there is none.
     """
@@ -29,7 +29,7 @@ def find_block_list(model: nn.Module) -> str:
         raise ModelError(
             f"no list of decoder blocks found in {type(model).__name__}: cannot quantize it block by block"
         )
-    return max(outermost, key=lambda path: outermost[path])
+    return sorted((path for path in outermost if outermost[path]), key=lambda path: -outermost[path])
 
 
 def _text_decoder(model: nn.Module) -> nn.Module:

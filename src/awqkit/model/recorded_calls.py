@@ -8,8 +8,9 @@ handed on as a marker; where the next block gets it, so it will when the blocks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,10 +43,19 @@ _ANSWERS: tuple[Answer, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How the model wants its blocks to answer, and how many dimensions are ahead of rows and tokens."""
+    """How the model calls its blocks.
+
+    answer: how it wants them to. ahead: how many dimensions are before rows and tokens. visited: which of them it calls
+    with token ids alone.
+    """
 
     answer: Answer
     ahead: int
+    visited: tuple[int, ...]
+
+
+# What a model raises that is not called as it wants to be.
+_FAILURES = (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 
 
 class _NotHandedOn(ModelError):
@@ -55,16 +65,22 @@ class _NotHandedOn(ModelError):
 def record_calls(
     decoder: nn.Module, blocks: nn.ModuleList, where: str, ids: Tensor, mask: Tensor | None, manner: Manner | None
 ) -> tuple[BlockInputs, Manner]:
-    """What `decoder` calls its `blocks` with for the token ids `[rows, tokens]`, and how it wants them to answer.
+    """What `decoder` calls its `blocks` with for the token ids `[rows, tokens]`, and in which manner.
 
-    where: the path of the blocks, for messages. manner: what was found before, or None to find it. Raises ModelError
-    where the blocks are not called once, in order and on what the one before gives.
+    One call for each block that is visited. where: the path of the blocks, for messages. manner: what was found before,
+    or None to find it. Raises ModelError where blocks are called more than once, not in order, on something else than
+    what the one before gives, or not the ones as before.
     """
     first: ModelError | None = None
     for each in _ANSWERS if manner is None else (manner.answer,):
         try:
-            inputs = _recorded(decoder, blocks, where, ids, mask, each, None if manner is None else manner.ahead)
-            return inputs, Manner(each, inputs.calls[0].ahead)
+            inputs, visited = _recorded(
+                decoder, blocks, where, ids, mask, each, None if manner is None else manner.ahead
+            )
+            found = Manner(each, inputs.calls[0].ahead, visited)
+            if manner is not None and found != manner:
+                raise _NotHandedOn(f"the model does not visit the same blocks of {where} each time: cannot stream it")
+            return inputs, found
         except _NotHandedOn:
             raise
         except ModelError as error:
@@ -81,24 +97,27 @@ def _recorded(
     mask: Tensor | None,
     answer: Answer,
     ahead: int | None,
-) -> BlockInputs:
+) -> tuple[BlockInputs, tuple[int, ...]]:
     hidden: list[Tensor] = []
     calls: list[BlockCall] = []
+    visited: list[int] = []
     handed: list[Tensor] = []  # what the block before gave
 
     def record(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if index != len(calls):
+            before = visited[-1] if visited else -1
+            if index <= before:
                 raise ModelError(f"block {index} of {where} was called out of order: cannot stream it")
             inputs, rest, kwargs = _split_hidden(args, kwargs)
-            if index == 0:
+            if not visited:
                 hidden.append(rows_first(inputs, _ahead(inputs, ids, where, ahead)))
             elif not _same(inputs, handed[0]):
                 raise ModelError(
-                    f"{where}: block {index} reads something else than what block {index - 1} gives, "
+                    f"{where}: block {index} reads something else than what block {before} gives, "
                     "so the model computes between its blocks: cannot stream it"
                 )
-            calls.append(BlockCall(rest, kwargs, _wanted(rest, kwargs, index, where)))
+            calls.append(BlockCall(rest, kwargs, _wanted(rest, kwargs, index, before, where)))
+            visited.append(index)
             handed[:] = [inputs.clone()]
             return answer(handed[0], index)
 
@@ -108,16 +127,37 @@ def _recorded(
     try:
         with torch.no_grad(), blocks_replaced(blocks, record):
             decoder(input_ids=ids, use_cache=False, **keywords)
-    except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+    except _FAILURES as error:
         if len(calls) != len(blocks):
             raise ModelError(f"the model's forward could not be followed through its blocks: {error}") from error
-    if len(calls) != len(blocks):
-        raise ModelError(f"the model visited {len(calls)} of its {len(blocks)} blocks in {where}")
+    if not calls:
+        raise ModelError(f"the model visited none of its {len(blocks)} blocks in {where}: cannot quantize them")
     laid = _ahead(handed[0], ids, where, ahead)
     calls = [replace(call, wanted=(*call.wanted, *_written_to(calls)), ahead=laid) for call in calls]
     nexts = [*(call.asks for call in calls[1:]), ()]
     hands = [replace(call, hands=asks) for call, asks in zip(calls, nexts, strict=True)]
-    return BlockInputs(hidden[0].detach(), tuple(hands))
+    return BlockInputs(hidden[0].detach(), tuple(hands)), tuple(visited)
+
+
+def lists_called(decoder: nn.Module, lists: Mapping[str, nn.ModuleList], ids: Tensor) -> set[str]:
+    """Which of the lists, by name, `decoder` calls modules of for token ids `[rows, tokens]`; none if it cannot run."""
+    for answer in _ANSWERS:
+        called: set[str] = set()
+
+        def note(name: str, index: int, answer: Answer = answer, called: set[str] = called) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                called.add(name)
+                return answer(_split_hidden(args, kwargs)[0].clone(), index)
+
+            return forward
+
+        with torch.no_grad(), ExitStack() as stack:
+            for name, blocks in lists.items():
+                stack.enter_context(blocks_replaced(blocks, partial(note, name)))
+            with suppress(*_FAILURES):
+                decoder(input_ids=ids, use_cache=False)
+                return called
+    return set()
 
 
 def _ahead(inputs: Tensor, ids: Tensor, where: str, known: int | None) -> int:
@@ -131,16 +171,18 @@ def _ahead(inputs: Tensor, ids: Tensor, where: str, known: int | None) -> int:
     return found[0] if known is None else known
 
 
-def _wanted(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int, where: str) -> tuple[Wanted, ...]:
+def _wanted(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int, before: int, where: str
+) -> tuple[Wanted, ...]:
     """The arguments that are what the block before gives. Raises _NotHandedOn where they are an earlier one's."""
     found = []
     for place, value in (*enumerate(args), *kwargs.items()):
-        if isinstance(value, Beside) and value.block == index - 1:
+        if isinstance(value, Beside) and value.block == before:
             found.append(Wanted(place, value.position))
         elif _holds_marker(value):
             raise _NotHandedOn(
                 f"{where}: block {index} gets what blocks before it gave, but not the hidden states alone nor straight "
-                f"from block {index - 1}: cannot stream it"
+                f"from block {before}: cannot stream it"
             )
     return tuple(found)
 

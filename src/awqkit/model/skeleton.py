@@ -7,7 +7,7 @@ arguments. One block at a time has weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from awqkit.errors import ModelError
 from awqkit.model.block_calls import BlockInputs, laid_out
-from awqkit.model.block_list import find_block_list, shared_parameters
+from awqkit.model.block_list import find_block_lists, shared_parameters
 from awqkit.model.disk_places import Place, joined, places_on_disk
 from awqkit.model.matrices import parameter_of, stack_and_index
-from awqkit.model.recorded_calls import Manner, blocks_replaced, record_calls
+from awqkit.model.recorded_calls import Manner, blocks_replaced, lists_called, record_calls
 from awqkit.model.transformers_bridge import empty_model
+
+_TOKENS_TO_ASK = 8
 
 
 class WeightSource(Protocol):
@@ -45,29 +47,47 @@ class Skeleton:
         self._places = places_on_disk(self._model, source.names)
         # Taken now: weights come and go with new Parameter objects, and tied ones are told by their identity.
         self._shared = {name: id(value) for name, value in self._model.named_parameters(remove_duplicate=False)}
-        self._list_path = find_block_list(self._model)
-        self._blocks = self._model.get_submodule(self._list_path)
-        self._shared_by = shared_parameters(self._blocks)
+        self._lists = find_block_lists(self._model)
         self._decoder = getattr(self._model, "base_model", self._model)
-        self._in_blocks = {id(part) for block in self._blocks for part in block.modules()}
         self._manner: Manner | None = None
+        self._take(self._lists[0])
         self._name_of_shared = {self._shared[name]: name for name in self.names() if name in self._shared}
+
+    def _take(self, path: str, others: Sequence[str] = ()) -> None:
+        """Take a list for that of the blocks. others: lists that no text visits, which need no weights either."""
+        self._list_path, self._blocks = path, self._model.get_submodule(path)
+        lists = [self._blocks, *(self._model.get_submodule(other) for other in others)]
+        self._without_weights = {id(part) for blocks in lists for block in blocks for part in block.modules()}
+        self._call_only(range(len(self._blocks)))
+
+    def _call_only(self, visited: Sequence[int]) -> None:
+        """Of the list only these are blocks that the model calls with text alone."""
+        self._visited = tuple(visited)
+        self._shared_by = shared_parameters([self._blocks[number] for number in visited])
 
     @property
     def num_blocks(self) -> int:
-        """How many decoder blocks there are."""
-        return len(self._blocks)
+        """How many decoder blocks there are; what follows is settled once the model was first asked (`start`)."""
+        return len(self._visited)
+
+    @property
+    def uncalled_blocks(self) -> list[str]:
+        """The paths of blocks that the model does not call with text alone; they count as outside of the blocks."""
+        return [f"{self._list_path}.{number}" for number in range(len(self._blocks)) if number not in self._visited]
 
     def block_path(self, index: int) -> str:
         """The module path of a block, for example `model.layers.3`."""
-        return f"{self._list_path}.{index}"
+        return f"{self._list_path}.{self._visited[index]}"
+
+    def _block(self, index: int) -> nn.Module:
+        return self._blocks[self._visited[index]]
 
     def block_kind(self, index: int) -> tuple[Any, ...]:
         """A key that two blocks have in common when class and parameters, by name and shape, are the same.
 
         Of both the same parameters are shared with other blocks.
         """
-        block, shared = self._blocks[index], self._shared_by[index]
+        block, shared = self._block(index), self._shared_by[index]
         parameters = ((name, tuple(value.shape), name in shared) for name, value in block.named_parameters())
         return (type(block), *parameters)
 
@@ -150,18 +170,19 @@ class Skeleton:
 
     def linears_outside_blocks(self) -> list[str]:
         """Paths of the linear modules that no block holds: the output head, projections around the decoder."""
+        inside = {id(part) for index in range(self.num_blocks) for part in self._block(index).modules()}
         named = self._model.named_modules()
-        return [path for path, module in named if isinstance(module, nn.Linear) and not self._inside_block(module)]
+        return [path for path, module in named if isinstance(module, nn.Linear) and id(module) not in inside]
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
         """The block with its weights in float32 on `device`. Call `release_block` when done."""
-        block = self._blocks[index]
+        block = self._block(index)
         self._materialize(block, self.block_path(index), device)
         return block
 
     def release_block(self, index: int) -> None:
         """Give the block's weights back."""
-        _to_meta(self._blocks[index])
+        _to_meta(self._block(index))
 
     def start(self, batches: Iterable[tuple[Tensor, Tensor | None]], device: torch.device) -> Iterable[BlockInputs]:
         """For each batch of (token ids `[rows, tokens]`, mask or None) what the first block gets, in float32.
@@ -169,15 +190,33 @@ class Skeleton:
         Weights outside the blocks exist while this generator runs. Raises ModelError where the model cannot be run
         or does not visit its blocks once and in order.
         """
-        outside = [(path, module) for path, module in self._decoder.named_modules() if not self._inside_block(module)]
-        prefix = _prefix_of(self._model, self._decoder)
-        try:
-            for path, module in outside:
-                self._materialize(module, f"{prefix}{path}".strip("."), device, recurse=False)
+        if self._manner is None and len(self._lists) > 1:
+            self._choose_list(device)
+        with self._weights_of(self._decoder, self._without_weights, device):
             for ids, mask in batches:
                 yield self._record(ids.to(device), None if mask is None else mask.to(device))
+
+    def _choose_list(self, device: torch.device) -> None:
+        """Take the largest list of those that the model visits with token ids alone, where it can be asked."""
+        lists = {path: self._model.get_submodule(path) for path in self._lists}
+        without = {id(part) for blocks in lists.values() for block in blocks for part in block.modules()}
+        ids = torch.arange(_TOKENS_TO_ASK, device=device).expand(2, _TOKENS_TO_ASK)
+        with self._weights_of(self._decoder, without, device):
+            called = lists_called(self._decoder, lists, ids)
+        if called:
+            self._take(next(path for path in lists if path in called), [path for path in lists if path not in called])
+
+    @contextmanager
+    def _weights_of(self, part: nn.Module, without: Collection[int], device: torch.device) -> Iterator[None]:
+        """Inside, everything below `part` has weights but for the modules `without`, by their id."""
+        prefix = _prefix_of(self._model, part)
+        filled = [(path, module) for path, module in part.named_modules() if id(module) not in without]
+        try:
+            for path, module in filled:
+                self._materialize(module, f"{prefix}{path}".strip("."), device, recurse=False)
+            yield
         finally:
-            for _, module in outside:
+            for _, module in filled:
                 _to_meta(module, recurse=False)
 
     @contextmanager
@@ -187,7 +226,6 @@ class Skeleton:
         ids: `[rows, tokens]`, only to satisfy the model's own forward; hidden: `[rows, tokens, width]`, the last
         block's output. The weights outside the blocks exist inside the context.
         """
-        outside = [(path, module) for path, module in self._model.named_modules() if not self._inside_block(module)]
 
         def logits(ids: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
             keywords = {} if mask is None else {"attention_mask": mask.to(torch.int64)}
@@ -197,20 +235,15 @@ class Skeleton:
             with blocks_replaced(self._blocks, lambda index: lambda *args, **kwargs: answer(given, index)):
                 return self._model(input_ids=ids, use_cache=False, **keywords).logits
 
-        try:
-            for path, module in outside:
-                self._materialize(module, path, device, recurse=False)
+        with self._weights_of(self._model, self._without_weights, device):
             yield logits
-        finally:
-            for _, module in outside:
-                _to_meta(module, recurse=False)
-
-    def _inside_block(self, module: nn.Module) -> bool:
-        return id(module) in self._in_blocks
 
     def _record(self, ids: Tensor, mask: Tensor | None) -> BlockInputs:
         """The model's own forward with recorders for blocks."""
-        recorded, self._manner = record_calls(self._decoder, self._blocks, self._list_path, ids, mask, self._manner)
+        recorded, manner = record_calls(self._decoder, self._blocks, self._list_path, ids, mask, self._manner)
+        if self._manner is None:
+            self._manner = manner
+            self._call_only(manner.visited)
         return recorded
 
     def _parameter(self, name: str) -> Tensor:
