@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from awqkit import Recipe, RunOptions, load, quantize
 from awqkit.errors import AwqkitError
 from awqkit.methods.fold import consumer_scale
-from awqkit.model.block_calls import run_block
+from awqkit.model.block_calls import hand_on
 from awqkit.model.folds import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.matrices import matrix_of
 from awqkit.model.skeleton import Skeleton
@@ -95,10 +95,10 @@ def distance_of(found: Tensor, expected: Tensor) -> float:
 
 def _streams_exactly(model: nn.Module, skeleton: Skeleton, found: Found) -> None:
     (started,) = skeleton.start([(_ids(), None)], CPU)
-    hidden = started.hidden
+    hidden, beside = started.hidden, ()
     with torch.no_grad():
         for index, call in enumerate(started.calls):
-            hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
+            hidden, beside = hand_on(skeleton.load_block(index, CPU), hidden, call.given(beside))
             skeleton.release_block(index)
         with skeleton.head(CPU) as head:
             streamed = head(_ids(), hidden, None)
@@ -179,7 +179,7 @@ def _loads_exactly(model: nn.Module, folder: Path) -> None:
             options=RunOptions(device="cpu"),
         )  # fmt: skip
     expected = deepcopy(model)
-    parameters = dict(expected.named_parameters())
+    parameters = dict(expected.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, value in simulated.items():
             matrix_of(parameters, name).copy_(value)

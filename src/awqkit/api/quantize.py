@@ -161,10 +161,13 @@ def _none_fused(linears: Sequence[str]) -> Sequence[Sequence[str]]:
 
 
 def _idle_choices(recipe: Recipe, plan: RunPlan, skeleton: Skeleton) -> list[str]:
-    """A line for every glob of `ignore` that matches nothing, and for experts asked for where there are none."""
+    """A line for every glob of `ignore` that matches nothing, for experts asked for where there are none, and for
+    blocks that no text reaches."""
     idle = []
     if recipe.all_experts and not any(block.structure.inputs_of_experts() for block in plan.blocks):
         idle.append("--all-experts has nothing to do: this model has no experts that can be watched one by one")
+    if skeleton.uncalled_blocks:
+        idle.append(f"not called for text alone, so in full precision: {', '.join(skeleton.uncalled_blocks)}")
     linears = [*(linear.name for linear in plan.linears), *skeleton.linears_outside_blocks()]
     return idle + [
         f"--ignore {glob} matches no linear; it is a glob on full module paths, such as {linears[0]}"
