@@ -131,7 +131,7 @@ class Skeleton:
 
     @property
     def vocabulary_size(self) -> int:
-        """How many token ids the model has an embedding for."""
+        """How many token ids the model has an embedding for; of a plain module known once it was first run."""
         return self._runnable.vocabulary_size()
 
     def tied_duplicates(self) -> dict[str, str]:
