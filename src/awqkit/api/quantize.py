@@ -85,7 +85,9 @@ def quantize(
         refuse_unknown_tokens(rows.calibration, skeleton)
         emit(Notice(rows_text(rows.summary)))
     stored_dtype = stored_dtype_of(checkpoint, recipe)
-    plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, written.fused_partners)
+    plan = plan_run(
+        skeleton, recipe, stored_dtype, device, written.why_not_held, written.fused_partners, written.why_shadowed
+    )
     if recipe.group_size is None and plan.group_size != 128:
         emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
     scheme = Scheme.of(recipe, plan.group_size)
