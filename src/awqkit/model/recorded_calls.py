@@ -71,22 +71,25 @@ def record_calls(
     or None to find it. Raises ModelError where blocks are called more than once, not in order, on something else than
     what the one before gives, or not the ones as before.
     """
-    first: ModelError | None = None
+    furthest, told = -1, None
     for each in _ANSWERS if manner is None else (manner.answer,):
+        visited: list[int] = []
         try:
-            inputs, visited = _recorded(
-                decoder, blocks, where, ids, mask, each, None if manner is None else manner.ahead
+            inputs = _recorded(
+                decoder, blocks, where, ids, mask, each, None if manner is None else manner.ahead, visited
             )
-            found = Manner(each, inputs.calls[0].ahead, visited)
-            if manner is not None and found != manner:
-                raise _NotHandedOn(f"the model does not visit the same blocks of {where} each time: cannot stream it")
-            return inputs, found
         except _NotHandedOn:
             raise
         except ModelError as error:
-            first = error if first is None else first
-    assert first is not None
-    raise first
+            if len(visited) > furthest:
+                furthest, told = len(visited), error
+            continue
+        found = Manner(each, inputs.calls[0].ahead, tuple(visited))
+        if manner is not None and found != manner:
+            raise ModelError(f"the model does not visit the same blocks of {where} each time: cannot stream it")
+        return inputs, found
+    assert told is not None
+    raise told
 
 
 def _recorded(
@@ -97,10 +100,11 @@ def _recorded(
     mask: Tensor | None,
     answer: Answer,
     ahead: int | None,
-) -> tuple[BlockInputs, tuple[int, ...]]:
+    visited: list[int],
+) -> BlockInputs:
+    """The calls when blocks give such an answer; the numbers of those called are added to `visited`."""
     hidden: list[Tensor] = []
     calls: list[BlockCall] = []
-    visited: list[int] = []
     handed: list[Tensor] = []  # what the block before gave
 
     def record(index: int) -> Callable[..., Any]:
@@ -136,7 +140,7 @@ def _recorded(
     calls = [replace(call, wanted=(*call.wanted, *_written_to(calls)), ahead=laid) for call in calls]
     nexts = [*(call.asks for call in calls[1:]), ()]
     hands = [replace(call, hands=asks) for call, asks in zip(calls, nexts, strict=True)]
-    return BlockInputs(hidden[0].detach(), tuple(hands)), tuple(visited)
+    return BlockInputs(hidden[0].detach(), tuple(hands))
 
 
 def lists_called(decoder: nn.Module, lists: Mapping[str, nn.ModuleList], ids: Tensor) -> set[str]:
