@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from architecture_table import NOT_BUILT
 from small_models import VOCABULARY, settings_by_hand, small_config, small_model
 from tiny_models import WeightsOf, save_tiny
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def built(model_type: str) -> nn.Module:
         model = small_model(small_config(model_type, settings_by_hand().get(model_type, {})))
         logits(model)
     except Exception as error:  # the zoo's own limits, of as many kinds as there are architectures
-        raise NotHandled(f"not built small: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+        raise NotHandled(f"{NOT_BUILT}: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
     return model
 
 

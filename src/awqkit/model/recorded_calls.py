@@ -72,24 +72,23 @@ def record_calls(
     blocks are called more than once, not in order, on something else than what the one before gives, or not the ones as
     before.
     """
-    failed: list[tuple[int, ModelError]] = []  # how many blocks were reached, and what went wrong then
+    furthest, told = -1, None
     for each in _ANSWERS if manner is None else (manner.answer,):
-        calls: list[BlockCall] = []
+        visited: list[int] = []
         try:
-            inputs, visited = _recorded(
-                decoder, blocks, ids, mask, each, None if manner is None else manner.ahead, calls
-            )
-            found = Manner(each, inputs.calls[0].ahead, visited)
-            if manner is not None and found != manner:
-                raise _NotHandedOn(
-                    f"the model does not visit the same blocks of {blocks.where} each time: cannot stream it"
-                )
-            return inputs, found
+            inputs = _recorded(decoder, blocks, ids, mask, each, None if manner is None else manner.ahead, visited)
         except _NotHandedOn:
             raise
         except ModelError as error:
-            failed.append((len(calls), error))
-    raise max(failed, key=lambda one: one[0])[1]
+            if len(visited) > furthest:
+                furthest, told = len(visited), error
+            continue
+        found = Manner(each, inputs.calls[0].ahead, tuple(visited))
+        if manner is not None and found != manner:
+            raise ModelError(f"the model does not visit the same blocks of {blocks.where} each time: cannot stream it")
+        return inputs, found
+    assert told is not None
+    raise told
 
 
 def _recorded(
@@ -99,12 +98,12 @@ def _recorded(
     mask: Tensor | None,
     answer: Answer,
     ahead: int | None,
-    calls: list[BlockCall],
-) -> tuple[BlockInputs, tuple[int, ...]]:
-    """See `record_calls`; calls: empty, gets those of the blocks that were reached."""
+    visited: list[int],
+) -> BlockInputs:
+    """The calls when blocks give such an answer; the numbers of those called are added to `visited`."""
     where = blocks.where
     hidden: list[Tensor] = []
-    visited: list[int] = []
+    calls: list[BlockCall] = []
     handed: list[Tensor] = []  # what the block before gave
 
     def record(index: int) -> Callable[..., Any]:
@@ -140,7 +139,7 @@ def _recorded(
     calls = [replace(call, wanted=(*call.wanted, *_written_to(calls)), ahead=laid) for call in calls]
     nexts = [*(call.asks for call in calls[1:]), ()]
     hands = [replace(call, hands=asks) for call, asks in zip(calls, nexts, strict=True)]
-    return BlockInputs(hidden[0].detach(), tuple(hands)), tuple(visited)
+    return BlockInputs(hidden[0].detach(), tuple(hands))
 
 
 def lists_called(decoder: Callable[..., Any], lists: Sequence[NamedBlocks], ids: Tensor) -> set[str]:

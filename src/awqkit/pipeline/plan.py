@@ -23,6 +23,7 @@ from awqkit.model.structure import BlockStructure, LinearView
 from awqkit.recipe import DEFAULT_GROUP_SIZES, PER_CHANNEL, Recipe
 
 _CHOOSES = "weighs or chooses experts, as many outputs as there are of them: stays in full precision"
+WhyShadowed = Callable[[str, Sequence[str]], "str | None"]
 PROBE_TOKENS = 16
 PROBE_ROWS = 2  # for a proof the second row is the calibration's own hidden states
 
@@ -137,10 +138,11 @@ def plan_run(
     device: torch.device,
     why_not_held: Callable[[int, int, int], str | None],
     fused_partners: Callable[[Sequence[str]], Sequence[Sequence[str]]],
+    why_shadowed: WhyShadowed = lambda linear, outside: None,
 ) -> RunPlan:
     """The plan for every linear of the model, see `plan_linears`."""
     found = look_at(skeleton, device, look_for_folds=recipe.folds == "on")
-    return plan_linears(skeleton, found, recipe, stored_dtype, why_not_held, fused_partners)
+    return plan_linears(skeleton, found, recipe, stored_dtype, why_not_held, fused_partners, why_shadowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +166,13 @@ def plan_linears(
     stored_dtype: torch.dtype,
     why_not_held: Callable[[int, int, int], str | None],
     fused_partners: Callable[[Sequence[str]], Sequence[Sequence[str]]],
+    why_shadowed: WhyShadowed = lambda linear, outside: None,
 ) -> RunPlan:
     """The plan for every linear of the model by one recipe.
 
-    why_not_held(out, in, group_size), fused_partners(paths): what the format says. Raises UsageError where the group
-    size that was asked for does not divide an input, and where nothing is left to quantize.
+    why_not_held(out, in, group_size), fused_partners(paths), why_shadowed(path, paths outside of the blocks): what the
+    format says. Raises UsageError where the group size that was asked for does not divide an input, and where nothing
+    is left to quantize.
     """
     structures = found.structures
     views = [(skeleton.block_path(i), view) for i, structure in enumerate(structures) for view in structure.linears]
@@ -176,6 +180,7 @@ def plan_linears(
     wanted = {name: shape for name, shape in shapes.items() if not recipe.ignores(name)}
     group_size = choose_group_size(recipe.group_size, wanted)
     reasons = {name: "matches --ignore" for name in shapes if name not in wanted}
+    outside = skeleton.linears_outside_blocks()
     held_by: dict[str, str] = {}  # path on disk -> the linear
     for index, structure in enumerate(structures):
         path = skeleton.block_path(index)
@@ -192,6 +197,7 @@ def plan_linears(
                 held_by[disk.removesuffix(".weight")] = name
                 num_rows = len(range(*rows.indices(view.shape[0])))
                 reason = reason or why_not_held(num_rows, view.shape[1], group_size)
+                reason = reason or why_shadowed(disk.removesuffix(".weight"), outside)
             if reason is not None:
                 reasons.setdefault(name, reason)
             held_by.setdefault(name, name)
