@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 NO_D: dict[str, Any] = {"importance": "mean-abs", "error_weight": "moment"}
-TUNED: dict[str, Any] = {"tuning_epochs": 4}
+TUNED: dict[str, Any] = {"tuning": "groups", "tuning_epochs": 4}
 WITHOUT: dict[str, dict[str, Any]] = {
     "no-scales": {"channel_scale": "none"},
     "no-clip": {"clip": "none"},
@@ -26,6 +26,8 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "propagation-0": {"propagation": 0.0},
     "propagation-auto": {"propagation": "auto"},
     "text-only": {"generated": 0.0},
+    "own-text-once": {"generated_weight": 1.0},
+    "no-tuning": {"tuning_epochs": 0},
 }
 ALONE: dict[str, dict[str, Any]] = {
     "scales": {"channel_scale": "search"},

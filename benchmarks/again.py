@@ -26,8 +26,11 @@ from bench import DATA, RESULTS
 SCRIPTS = Path(__file__).resolve().parent
 ONE_SEED = "quality.py --seeds 0 --methods rtn"
 PARTS = "scales clip gptq gptq-moment-order descent refit propagation sensitivity tuning"
-LEFT_OUT = "no-scales no-clip no-d nearest moment-order no-descent no-refit no-refinement text-only"
-CHANGED = "propagation-0 propagation-auto propagation-0.25 propagation-0.75 propagation-1.0 mean-damping sensitivity"
+LEFT_OUT = "no-scales no-clip no-d nearest moment-order no-descent no-refit no-refinement text-only no-tuning"
+CHANGED = (
+    "propagation-0 propagation-auto propagation-0.25 propagation-0.75 propagation-1.0 mean-damping sensitivity "
+    "own-text-once"
+)
 
 # name of the JSON -> command; the longest first
 COMMANDS = {

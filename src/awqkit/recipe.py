@@ -66,7 +66,7 @@ _BALANCED: dict[str, Any] = {
     "generated": 0.125,
     "generated_weight": 2.0,
     "tuning": "rows",
-    "tuning_epochs": 0.375,
+    "tuning_epochs": 0.25,
 }
 _PRESETS: dict[str, dict[str, Any]] = {
     "fast": _FAST,

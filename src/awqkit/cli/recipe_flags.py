@@ -127,8 +127,9 @@ def _add_method_options(parser: Parser) -> None:
     group.add_argument(
         "--quality", type=one_of(*QUALITIES), metavar=_braces(QUALITIES),
         help="preset. fast: channel scales of two families, clipping, nearest rounding. balanced: scales for what "
-        "GPTQ leaves over, then GPTQ, descent, refit and propagation. best: more rounds, errors weighted by what "
-        f"they cost in the model's own loss, group scales tuned; several times slower (default: {DEFAULT_QUALITY})",
+        "GPTQ leaves over, then GPTQ, descent, refit, propagation and a little tuning. best: more rounds, errors weighted "
+        "by what they cost in the model's own loss, group scales tuned; several times slower (default: "
+        f"{DEFAULT_QUALITY})",
     )  # fmt: skip
     group.add_argument(
         "--method", type=one_of(*METHODS), metavar=_braces(METHODS),
