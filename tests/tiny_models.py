@@ -52,12 +52,77 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3"},
 }
 
+# Their blocks hand the next ones more than hidden states: a router's state, chosen tokens, keys and values by way of a
+# mapping. Gemma 4 and Zamba also give each block something of the very tokens.
+HANDING_ON: dict[str, dict[str, Any]] = {
+    "zaya": {
+        "model_type": "zaya",
+        "num_hidden_layers": 3,
+        "layer_types": ["hybrid"] * 3,
+        "moe_intermediate_size": MLP_WIDTH,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "head_dim": 16,
+        "router_hidden_size": 32,
+    },
+    "glm_moe_dsa": {
+        "model_type": "glm_moe_dsa",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": MLP_WIDTH,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "index_topk": 6,
+        "index_head_dim": 32,
+        "index_n_heads": 4,
+        "mlp_layer_types": ["dense", "dense", "dense"],
+        "indexer_types": ["full", "shared", "shared"],
+        "layer_types": ["indexed_attention"] * 3,
+    },
+    "gemma4": {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "head_dim": 16,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "sliding_window": 8,
+        "tie_word_embeddings": True,
+    },
+}
+
+# The transformer of its hybrid blocks is one and the same.
+SHARING: dict[str, dict[str, Any]] = {
+    "zamba2": {
+        "model_type": "zamba2",
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "hybrid_layer_ids": [1, 3],
+        "num_key_value_heads": 4,
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 32,
+        "n_mamba_heads": 8,
+        "mamba_d_state": 16,
+        "mamba_ngroups": 1,
+        "mamba_headdim": 16,
+        "tie_word_embeddings": True,
+    }
+}
+
 
 def tiny_model(family: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **overrides: Any) -> Any:
     """A model of the family in eval mode whose float32 parameters are exact in `dtype`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    choices = {**_COMMON, **FAMILIES[family], **overrides}
+    choices = {**_COMMON, **(FAMILIES | HANDING_ON | SHARING)[family], **overrides}
     config = AutoConfig.for_model(choices.pop("model_type"), **choices)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _randomize(model, dtype, torch.Generator().manual_seed(seed))

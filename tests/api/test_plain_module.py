@@ -283,7 +283,7 @@ def _refused(plain: Any, tmp_path: Path, kind: type[Exception], said: str, recip
         ("lm_head", r"blocks='lm_head' is Linear, expected an nn\.ModuleList or nn\.Sequential"),
         ("transformer.h.0.mlp", r"transformer\.h\.0\.mlp\.0 gives \[2, 16, 128\] for .* it is no decoder block"),
         (("transformer.h.1", "transformer.h.0"), r"out of order: cannot stream it; PlainModel takes blocks="),
-        (("transformer.h.0", "transformer.h.0"), r"blocks 0 and 1 share"),
+        (("transformer.h.0", "transformer.h.0"), r"blocks names a module twice"),
         ((), r"blocks is empty"),
     ],
 )
@@ -314,9 +314,8 @@ def _twice(self: Tower, ids: Tensor) -> Any:
     return self.say(x)
 
 
-def _one_only(self: Tower, ids: Tensor) -> Any:
-    angle = self.angle[: ids.shape[1]]
-    return self.say(self.ground(self.words(ids), angle.cos(), angle.sin())[0])
+def _none(self: Tower, ids: Tensor) -> Any:
+    return self.say(self.last(self.words(ids)))
 
 
 def _embeds_by_hand(self: Tower, ids: Tensor) -> Any:
@@ -332,7 +331,7 @@ def _embeds_by_hand(self: Tower, ids: Tensor) -> Any:
         (_asks_for_more, r"missing 1 required positional argument: 'positions'; PlainModel takes .*run="),
         (_by_keyword, r"block 0 of ground … first is called with keywords only \(x, cos, sin\)"),
         (_twice, r"block 0 of ground … first was called out of order"),
-        (_one_only, r"the model visited 1 of its 2 blocks in ground … first"),
+        (_none, r"the model visited none of its 2 blocks in ground … first"),
     ],
 )
 def test_a_forward_that_cannot_be_followed_is_refused_with_what_to_pass(

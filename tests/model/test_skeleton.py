@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, WeightsOf, block_probes, tiny_model
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
-from awqkit.model.block_calls import run_block
+from awqkit.model.block_calls import hand_on, run_block
 from awqkit.model.disk_places import places_on_disk
 from awqkit.model.skeleton import Skeleton
 
@@ -119,24 +119,6 @@ def test_names_match_with_or_without_the_prefix_of_the_base_model() -> None:
     }
 
 
-def test_a_model_that_skips_a_block_cannot_be_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    skeleton = Skeleton(model.config, WeightsOf(model))
-    decoder = type(model.model)
-    forward = decoder.forward
-
-    def first_block_only(self: Any, *arguments: Any, **choices: Any) -> Any:
-        whole, self.config.num_hidden_layers = self.config.num_hidden_layers, 1
-        try:
-            return forward(self, *arguments, **choices)
-        finally:
-            self.config.num_hidden_layers = whole
-
-    monkeypatch.setattr(decoder, "forward", first_block_only)
-    with pytest.raises(ModelError, match="visited 1 of its 2 blocks"):
-        list(skeleton.start([(torch.arange(8).unsqueeze(0), None)], CPU))
-
-
 class Pair(nn.Module):
     """A block that gives its hidden states in a tuple, as models of older releases have them."""
 
@@ -188,6 +170,78 @@ def test_blocks_that_give_tuples_are_followed_and_the_head_gets_what_it_expects(
         assert torch.allclose(head(IDS, hidden, None), whole(IDS).logits)
 
 
+def test_a_block_that_text_does_not_reach_counts_as_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        for number in (0, 2):
+            hidden = model.blocks[number](hidden)[0]
+        return hidden
+
+    skeleton, whole = toy_skeleton(monkeypatch, [Pair(), Pair(), Pair()], forward)
+    (started,) = skeleton.start([(IDS, None)], CPU)
+    assert [skeleton.block_path(index) for index in range(skeleton.num_blocks)] == ["blocks.0", "blocks.2"]
+    assert skeleton.uncalled_blocks == ["blocks.1"]
+    assert skeleton.linears_outside_blocks() == ["blocks.1.linear"]
+    hidden = started.hidden
+    for index, call in enumerate(started.calls):
+        hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
+    with torch.no_grad(), skeleton.head(CPU) as head:
+        assert torch.allclose(head(IDS, hidden, None), whole(IDS).logits)
+
+
+def test_a_model_that_visits_other_blocks_for_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    visited = [[0, 1], [0]]
+
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        for number in visited[0]:
+            hidden = model.blocks[number](hidden)[0]
+        return hidden
+
+    skeleton, _ = toy_skeleton(monkeypatch, [Pair(), Pair()], forward)
+    list(skeleton.start([(IDS, None)], CPU))
+    del visited[0]
+    with pytest.raises(ModelError, match="does not visit the same blocks of blocks each time"):
+        list(skeleton.start([(IDS, None)], CPU))
+
+
+def test_a_model_that_visits_no_block_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton, _ = toy_skeleton(monkeypatch, [Pair(), Pair()], lambda model, hidden: hidden)
+    with pytest.raises(ModelError, match="visited none of its 2 blocks"):
+        list(skeleton.start([(IDS, None)], CPU))
+
+
+def test_of_several_lists_the_largest_that_text_reaches_is_taken_and_the_idle_ones_stay_empty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(16, 4), nn.Linear(4, 16)
+            self.tower = nn.ModuleList([Pair(), Pair(), Pair()])
+            self.blocks = nn.ModuleList([Pair(), Pair()])
+
+        def forward(self, input_ids: torch.Tensor, pixels: Any = None, **_: Any) -> Any:
+            hidden = self.embedding(input_ids)
+            for block in (*(self.tower if pixels is not None else ()), *self.blocks):
+                hidden = block(hidden)[0]
+            return SimpleNamespace(logits=self.head(hidden))
+
+    whole, empty = Towers(), copy.deepcopy(Towers()).to("meta")
+    monkeypatch.setattr("awqkit.model.skeleton.empty_model", lambda config, **_: empty)
+    skeleton = Skeleton(None, WeightsOf(whole))
+    recording = skeleton.start([(IDS, None)], CPU)
+    started = next(iter(recording))
+    assert empty.embedding.weight.device == CPU
+    assert all(value.is_meta for value in empty.tower.parameters())
+    assert list(recording) == []
+    assert [skeleton.block_path(index) for index in range(skeleton.num_blocks)] == ["blocks.0", "blocks.1"]
+    assert skeleton.linears_outside_blocks() == ["head", *(f"tower.{number}.linear" for number in range(3))]
+    hidden = started.hidden
+    for index, call in enumerate(started.calls):
+        hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
+    with torch.no_grad(), skeleton.head(CPU) as head:
+        assert torch.allclose(head(IDS, hidden, None), whole(IDS).logits)
+
+
 def test_a_model_that_computes_between_its_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         for block in model.blocks:
@@ -225,31 +279,71 @@ def test_blocks_that_get_their_hidden_states_under_a_name_of_their_own_are_refus
         list(skeleton.start([(IDS, None)], CPU))
 
 
-def test_blocks_that_hand_each_other_more_than_hidden_states_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_reaches_a_block_after_the_next_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        states = [None]
+        for block in model.blocks:
+            hidden, state = block(hidden, state=states[0])
+            states.append(state)
+            states = states[-2:]
+        return hidden
+
+    skeleton, _ = toy_skeleton(monkeypatch, [Pair(torch.ones(2)) for _ in range(3)], forward)
+    with pytest.raises(ModelError, match=r"block 2 gets what blocks before it gave, but not .* straight from block 1"):
+        list(skeleton.start([(IDS, None)], CPU))
+
+
+def test_what_has_no_rows_cannot_be_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         state = None
         for block in model.blocks:
             hidden, state = block(hidden, state=state)
         return hidden
 
-    skeleton, _ = toy_skeleton(monkeypatch, [Pair(torch.ones(2)), Pair(torch.ones(2))], forward)
-    with pytest.raises(ModelError, match="block 0 hands block 1 more than the hidden states"):
-        list(skeleton.start([(IDS, None)], CPU))
+    for handed in (torch.ones(2), "a word"):
+        skeleton, _ = toy_skeleton(monkeypatch, [Pair(handed), Pair(handed)], forward)
+        (started,) = skeleton.start([(IDS, None)], CPU)
+        with pytest.raises(ModelError, match=r"a block hands the next one a (tensor of shape|str)"):
+            hand_on(skeleton.load_block(0, CPU), started.hidden, started.calls[0])
 
 
-def test_blocks_that_share_a_parameter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = Pair()
-    with pytest.raises(ModelError, match=r"blocks 0 and 1 share linear\.weight"):
-        toy_skeleton(monkeypatch, [block, block], lambda model, hidden: hidden)
+def test_a_parameter_that_blocks_share_is_known_by_its_owners(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other, alone = Pair(), Pair(), Pair()
+    other.linear = one.linear
+    skeleton, _ = toy_skeleton(monkeypatch, [one, alone, other], lambda model, hidden: hidden)
+    assert [dict(skeleton.shared_by(index)) for index in range(3)] == [
+        {"linear.weight": (0, 2)},
+        {},
+        {"linear.weight": (0, 2)},
+    ]
+    assert skeleton.block_kind(0) == skeleton.block_kind(2) != skeleton.block_kind(1)
 
 
-def test_hidden_states_with_something_before_rows_and_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_before_rows_and_tokens_are_put_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.expand(3, *hidden.shape)
+        hidden = torch.stack([hidden, 2.0 * hidden, 3.0 * hidden])
+        for block in model.blocks:
+            hidden = block(hidden)[0]
+        return hidden.sum(dim=0)
+
+    skeleton, whole = toy_skeleton(monkeypatch, [Pair(), Pair()], forward)
+    (started,) = skeleton.start([(IDS, None)], CPU)
+    hidden = started.hidden
+    assert hidden.shape == (1, 8, 3, 4)
+    for index, call in enumerate(started.calls):
+        hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
+        assert hidden.shape == (1, 8, 3, 4)
+    with torch.no_grad(), skeleton.head(CPU) as head:
+        assert torch.allclose(head(IDS, hidden, None), whole(IDS).logits)
+
+
+def test_hidden_states_without_rows_and_tokens_side_by_side_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.transpose(0, 1)
         for block in model.blocks:
             hidden = block(hidden)[0]
         return hidden
 
     skeleton, _ = toy_skeleton(monkeypatch, [Pair(), Pair()], forward)
-    with pytest.raises(ModelError, match="expected these two first"):
+    with pytest.raises(ModelError, match="expected these two side by side"):
         list(skeleton.start([(IDS, None)], CPU))

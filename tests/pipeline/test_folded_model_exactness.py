@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import block_probes, tiny_model, token_rows
+from tiny_models import VOCABULARY, block_probes, tiny_model, token_rows
 from tiny_modules import Tower, with_random_weights
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def test_the_folded_model_is_the_original_and_the_naive_way_drifts(family: str) 
 
 def test_a_plain_module_is_folded_as_exactly() -> None:
     model = with_random_weights(Tower())
-    described = PlainModel(model, ("ground", "first"))
+    described = PlainModel(model, ("ground", "first"), vocabulary_size=VOCABULARY)
     exact, naive = (_drift(model, _folded(model, store, described=described)) for store in (_exact, _naive))
     assert exact < 1e-5
     assert naive > 20 * exact

@@ -9,6 +9,7 @@ from tiny_models import WeightsOf, tiny_model
 
 from awqkit import Recipe
 from awqkit.errors import FormatError, UsageError
+from awqkit.formats.format import FORMATS
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.plan import choose_group_size, plan_run
 
@@ -47,6 +48,21 @@ def _kept(family: str, ignore: tuple[str, ...]) -> dict[str, str]:
 
 def test_nothing_is_kept_without_a_reason() -> None:
     assert _kept("llama", ()) == {}
+
+
+def test_a_linear_that_readers_would_keep_with_one_outside_the_blocks_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers of AWQ look for an entry inside a path, so an output head called `up` hides every `up_proj`."""
+    model = tiny_model("llama")
+    skeleton, awq = Skeleton(model.config, WeightsOf(model)), FORMATS["awq"]
+    monkeypatch.setattr(skeleton, "linears_outside_blocks", lambda: ["up"])
+    for written, expected in ((awq, {"mlp.up_proj", "mlp.gate_proj"}), (FORMATS["compressed-tensors"], set())):
+        plan = plan_run(
+            skeleton, Recipe(group_size=32), torch.bfloat16, CPU,
+            written.why_not_held, written.fused_partners, written.why_shadowed,
+        )  # fmt: skip
+        reasons = {name: linear.keep for name, linear in plan.blocks[0].linears.items() if linear.keep is not None}
+        assert set(reasons) == expected
+    assert "contains up," in awq.why_shadowed("model.layers.0.mlp.up_proj", ["lm_head", "up"])
 
 
 def test_an_ignored_linear_keeps_the_parts_that_servers_fuse_it_with() -> None:

@@ -61,13 +61,13 @@ def test_waiting_and_beginning_again_are_the_same(family: str) -> None:
 
 def test_what_was_met_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     context, counted = block_context(tiny_model("llama")), []
-    run_block = stopped_rows.run_block
+    hand_on = stopped_rows.hand_on
 
     def counting(*arguments):
         counted.append(None)
-        return run_block(*arguments)
+        return hand_on(*arguments)
 
-    monkeypatch.setattr(stopped_rows, "run_block", counting)
+    monkeypatch.setattr(stopped_rows, "hand_on", counting)
     threads = threading.active_count()
     rows = StoppedRows(context, _rows(context), wait=True)
     for entry in context.structure.inputs:

@@ -39,7 +39,7 @@ def test_at_rest_a_tunable_block_computes_what_was_quantized(family: str, tuning
         skeleton, index = context.skeleton, context.index
         _, hidden, calls, _ = hidden_states(skeleton, ids).batch(0)
         tunable = tunable_block(context, result)
-        found = tunable(hidden, calls[index])
+        found = tunable(hidden, calls[index]).hidden
         parameters = dict(context.block.named_parameters())
         for name, value in result.stored.items():
             parameters[name].data = value
@@ -65,8 +65,8 @@ def test_rows_that_moved_are_the_stored_weights_whose_scales_moved(family: str) 
         name: TunableLinear(linear.finished(torch.float32), "groups", transposed=tunable.views[name].transposed)
         for name, linear in tunable.linears.items()
     }
-    expected = replace(tunable, linears=stored)(hidden, calls[0])
-    torch.testing.assert_close(tunable(hidden, calls[0]), expected, rtol=1e-4, atol=1e-4)
+    expected = replace(tunable, linears=stored)(hidden, calls[0]).hidden
+    torch.testing.assert_close(tunable(hidden, calls[0]).hidden, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tuning", STEPPING)
@@ -77,7 +77,7 @@ def test_what_is_computed_again_has_the_same_gradients(tuning: str) -> None:
     found = []
     for recompute in (False, True):
         block = tunable_block(context, result)
-        block(hidden, calls[0], recompute=recompute).square().sum().backward()
+        block(hidden, calls[0], recompute=recompute).hidden.square().sum().backward()
         found.append([leaf.grad for leaf in block.leaves])
     for kept, again in zip(*found, strict=True):
         assert torch.equal(kept, again)
@@ -153,7 +153,7 @@ def test_tuning_lowers_the_kl_and_its_first_figure_is_the_quantized_models(tunin
     with skeleton.head(CPU) as head, torch.no_grad():
         _, hidden, calls, _ = rows.first.batch(0)
         for block, call in zip(blocks, calls, strict=True):
-            hidden = block(hidden, call)
+            hidden = block(hidden, call).hidden
         expected = float(token_kl(head(ids, current(rows.last), None), head(ids, hidden, None)).mean())
     before, after = _tune(skeleton, blocks, rows, 30, STEPPING[tuning])
     assert before == pytest.approx(expected, rel=1e-4)
@@ -219,7 +219,7 @@ def test_a_step_descends_the_mean_kl_of_its_real_tokens() -> None:
         _, hidden, calls, real = padded.first.batch(0)
         with torch.enable_grad():
             for block, call in zip(blocks, calls, strict=True):
-                hidden = block(hidden, call)
+                hidden = block(hidden, call).hidden
             kl = token_kl(head(ids, current(rows.last), real), head(ids, hidden, real))
             sum(kl[row][mask[row]].mean() for row in range(2)).div(2).backward()
     expected = [leaf.grad for block in blocks for leaf in block.leaves]

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from architecture_table import NOT_BUILT
 from small_models import VOCABULARY, settings_by_hand, small_config, small_model
 from tiny_models import WeightsOf, save_tiny
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from awqkit import Recipe, RunOptions, load, quantize
 from awqkit.errors import AwqkitError
 from awqkit.methods.fold import consumer_scale
-from awqkit.model.block_calls import run_block
+from awqkit.model.block_calls import hand_on
 from awqkit.model.folds import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.matrices import matrix_of
 from awqkit.model.skeleton import Skeleton
@@ -76,7 +77,7 @@ def built(model_type: str) -> nn.Module:
         model = small_model(small_config(model_type, settings_by_hand().get(model_type, {})))
         logits(model)
     except Exception as error:  # the zoo's own limits, of as many kinds as there are architectures
-        raise NotHandled(f"not built small: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+        raise NotHandled(f"{NOT_BUILT}: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
     return model
 
 
@@ -95,10 +96,10 @@ def distance_of(found: Tensor, expected: Tensor) -> float:
 
 def _streams_exactly(model: nn.Module, skeleton: Skeleton, found: Found) -> None:
     (started,) = skeleton.start([(_ids(), None)], CPU)
-    hidden = started.hidden
+    hidden, beside = started.hidden, ()
     with torch.no_grad():
         for index, call in enumerate(started.calls):
-            hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
+            hidden, beside = hand_on(skeleton.load_block(index, CPU), hidden, call.given(beside))
             skeleton.release_block(index)
         with skeleton.head(CPU) as head:
             streamed = head(_ids(), hidden, None)
@@ -179,7 +180,7 @@ def _loads_exactly(model: nn.Module, folder: Path) -> None:
             options=RunOptions(device="cpu"),
         )  # fmt: skip
     expected = deepcopy(model)
-    parameters = dict(expected.named_parameters())
+    parameters = dict(expected.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, value in simulated.items():
             matrix_of(parameters, name).copy_(value)

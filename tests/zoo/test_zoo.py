@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import transformers
 from architecture_check import NotHandled, Outcome, outcome_of
-from architecture_table import TABLE, table_text
+from architecture_table import TABLE, is_built, table_text
 from small_models import pinned, registry
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 ENTRIES = pinned()
 EVERYTHING = os.environ.get("AWQKIT_ZOO") == "all"
-SHARE_HANDLED = 0.84  # of the registry
+SHARE_HANDLED = 0.95  # of those that can be built small
 
 
 def looked_at(model_type: str) -> bool:
@@ -47,7 +47,7 @@ def test_the_data_file_has_every_architecture_of_the_registry_and_no_other() -> 
 
 def test_most_of_them_are_handled() -> None:
     handled = sum("blocks" in entry for entry in ENTRIES.values())
-    assert handled >= SHARE_HANDLED * len(ENTRIES)
+    assert handled >= SHARE_HANDLED * sum(map(is_built, ENTRIES.values()))
 
 
 def test_the_readme_says_how_many() -> None:

@@ -41,7 +41,15 @@ def entries_for(
         try:
             recipe, written = _storable(each.recipe)
             stored_dtype = stored_dtype_of(source, recipe)
-            plan = plan_linears(skeleton, found, recipe, stored_dtype, written.why_not_held, written.fused_partners)
+            plan = plan_linears(
+                skeleton,
+                found,
+                recipe,
+                stored_dtype,
+                written.why_not_held,
+                written.fused_partners,
+                written.why_shadowed,
+            )
         except (FormatError, UsageError) as error:
             failed.append((each.label, error))
             continue

@@ -6,9 +6,10 @@ import fnmatch
 import itertools
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
 from awqkit.errors import OutputError
 from awqkit.evaluation.fill_module import TURNED_KEY
 from awqkit.events import Caution, Emit, Notice, ignore_events
-from awqkit.formats.format import format_for
+from awqkit.formats.format import Format, format_for
 from awqkit.formats.scheme import Scheme
 from awqkit.model.matrices import parameter_of
 from awqkit.model.plain_model import PlainModel
@@ -90,8 +91,7 @@ def quantize(
     if rows is not None:
         emit(Notice(rows_text(rows.summary)))
     stored_dtype = stored_dtype_of(source, recipe)
-    fused_partners = _none_fused if is_plain else written.fused_partners
-    plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, fused_partners)
+    plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, *_reader_rules(written, is_plain))
     if recipe.group_size is None and plan.group_size != 128:
         emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
     scheme = Scheme.of(recipe, plan.group_size)
@@ -209,15 +209,21 @@ def _rows(
     return rows
 
 
-def _none_fused(linears: Sequence[str]) -> Sequence[Sequence[str]]:
-    return ()
+def _reader_rules(written: Format, is_plain: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`fused_partners` and `why_shadowed` of the format; no server reads what is written of a plain module."""
+    if is_plain:
+        return (lambda linears: ()), (lambda linear, outside: None)
+    return written.fused_partners, written.why_shadowed
 
 
 def _idle_choices(recipe: Recipe, plan: RunPlan, skeleton: Skeleton) -> list[str]:
-    """A line for every glob of `ignore` that matches nothing, and for experts asked for where there are none."""
+    """A line for every glob of `ignore` that matches nothing, for experts asked for where there are none, and for
+    blocks that no text reaches."""
     idle = []
     if recipe.all_experts and not any(block.structure.inputs_of_experts() for block in plan.blocks):
         idle.append("--all-experts has nothing to do: this model has no experts that can be watched one by one")
+    if skeleton.uncalled_blocks:
+        idle.append(f"not called for text alone, so in full precision: {', '.join(skeleton.uncalled_blocks)}")
     linears = [*(linear.name for linear in plan.linears), *skeleton.linears_outside_blocks()]
     return idle + [
         f"--ignore {glob} matches no linear; it is a glob on full module paths, such as {linears[0]}"

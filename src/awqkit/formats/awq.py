@@ -96,6 +96,13 @@ class AwqFormat:
         """Linears that readers fuse and that must agree on precision, see `serving.fused_partners`."""
         return fused_partners(linears)
 
+    def why_shadowed(self, linear: str, outside: Iterable[str]) -> str | None:
+        """Why a linear must stay in full precision because one of `outside`, which no block holds, does; or None."""
+        entry = next((entry for entry in outside if entry in linear), None)
+        if entry is None:
+            return None
+        return f"its path contains {entry}, which is no block's: vLLM and SGLang would keep it in full precision, too"
+
     def tensor_names(self, linear: str, scheme: Scheme) -> tuple[str, ...]:
         """The names on disk that stand for the weight of module path `linear`."""
         return f"{linear}.qweight", f"{linear}.qzeros", f"{linear}.scales"

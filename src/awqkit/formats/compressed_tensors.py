@@ -93,6 +93,10 @@ class CompressedTensorsFormat:
         """Linears that readers fuse and that must agree on precision, see `serving.fused_partners`."""
         return fused_partners(linears)
 
+    def why_shadowed(self, linear: str, outside: Iterable[str]) -> str | None:
+        """Why a linear must stay in full precision because another one does: never, readers ask for whole paths."""
+        return None
+
     def tensor_names(self, linear: str, scheme: Scheme) -> tuple[str, ...]:
         """The names on disk that stand for the weight of module path `linear`."""
         return _LAYOUTS[scheme.activations].tensor_names(linear, scheme)

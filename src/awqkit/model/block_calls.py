@@ -1,29 +1,85 @@
-"""How a model calls its blocks: recorded from its own forward, and checked to be one block after the other.
-
-Recorders stand in the blocks' places. Each hands on a copy of what it got, and the next must get that copy: then, and
-only then, may the blocks be run one by one on each other's outputs.
-"""
+"""How a block is called, what it hands on to the next one, and running it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from awqkit.errors import ModelError
-from awqkit.model.named_blocks import NamedBlocks
+
+Carried = Any  # what travels with hidden states: a tensor `[rows, ...]`, None, or a tuple, list or dict of such
+
+
+class Handed(NamedTuple):
+    """What a block gives: hidden states `[rows, tokens, width]`, and what the next block gets beside them."""
+
+    hidden: Tensor
+    beside: tuple[Carried, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An argument that comes from the block before. place: its number after the hidden states, or its keyword.
+
+    source: its position in that block's answer, from 1; −1 − n for the n-th mapping that all blocks may write to.
+    """
+
+    place: int | str
+    source: int
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
-    """The arguments of one block besides the hidden states, as the model itself passes them."""
+    """The arguments of one block besides the hidden states, as the model itself passes them.
+
+    wanted: which of them the block before gives. hands: what of its own answer the next block wants, by source.
+    ahead: how many dimensions its hidden states have before rows and tokens.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    wanted: tuple[Wanted, ...] = ()
+    hands: tuple[int, ...] = ()
+    ahead: int = 0
+
+    @property
+    def asks(self) -> tuple[int, ...]:
+        """What the block wants of the one before, by source."""
+        return tuple(sorted({want.source for want in self.wanted}))
+
+    def given(self, beside: tuple[Carried, ...]) -> BlockCall:
+        """The call with what the block before handed on, in the order of `asks`; nothing before the first block."""
+        if not beside or not self.wanted:
+            return self
+        values, args, kwargs = dict(zip(self.asks, beside, strict=True)), list(self.args), dict(self.kwargs)
+        for want in self.wanted:
+            holder = args if isinstance(want.place, int) else kwargs
+            value = values[want.source]
+            if want.source < 0:
+                value = copy.copy(holder[want.place])
+                value.update(values[want.source])
+            holder[want.place] = value
+        return replace(self, args=tuple(args), kwargs=kwargs)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
+        """The call with every tensor among its arguments changed."""
+        kwargs = {name: mapped(value, change) for name, value in self.kwargs.items()}
+        return replace(self, args=tuple(mapped(value, change) for value in self.args), kwargs=kwargs)
+
+    def sharing(self, like: BlockCall, otherwise: Callable[[Tensor], Tensor]) -> BlockCall:
+        """The call with `like`'s tensors in the place of equal ones of its own, and the other ones changed."""
+        known = iter([*_tensors_of(like), *[None] * len(_tensors_of(self))])
+
+        def shared(value: Tensor) -> Tensor:
+            other = next(known)
+            return other if other is not None and _equal(value, other) else otherwise(value)
+
+        return self.changed(shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,153 +90,85 @@ class BlockInputs:
     calls: tuple[BlockCall, ...]
 
 
-def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """The block's output hidden states, `[rows, tokens, width]`."""
-    outputs = block(hidden, *call.args, **call.kwargs)
-    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+def hand_on(block: Callable[..., Any], hidden: Tensor, call: BlockCall) -> Handed:
+    """Run a block on `[rows, tokens, width]`.
 
-
-class _HandsMore(ModelError):
-    """Blocks that pass something on beside the hidden states: no other answer would be the model's own."""
-
-
-class _Beside:
-    """Stands for what a block gives beside its hidden states; no block may get it."""
-
-
-Answer = Callable[[Tensor], Any]
-
-# How a block gives its hidden states back, the plainest first: what the model's own forward accepts is taken.
-_ANSWERS: tuple[Answer, ...] = (
-    lambda hidden: hidden,
-    lambda hidden: (hidden,),
-    lambda hidden: (hidden, _Beside()),
-    lambda hidden: (hidden, None),
-    lambda hidden: (hidden, _Beside(), _Beside()),
-    lambda hidden: (hidden, None, None),
-)
-
-
-def record_calls(
-    decoder: Callable[..., Any],
-    blocks: NamedBlocks,
-    where: str,
-    ids: Tensor,
-    mask: Tensor | None,
-    answer: Answer | None,
-) -> tuple[BlockInputs, Answer]:
-    """What `decoder` calls its `blocks` with for the token ids `[rows, tokens]`, and how it wants them to answer.
-
-    where: the path of the blocks, for messages. answer: what was found before, or None to find it. Raises ModelError
-    where the blocks are not called once, in order and on each other's outputs alone.
+    Raises ModelError where it hands on what has no rows.
     """
-    failed: list[tuple[int, ModelError]] = []  # how many blocks were reached, and what went wrong then
-    for each in _ANSWERS if answer is None else (answer,):
-        calls: list[BlockCall] = []
-        try:
-            return _recorded(decoder, blocks, where, ids, mask, each, calls), each
-        except _HandsMore:
-            raise
-        except ModelError as error:
-            failed.append((len(calls), error))
-    raise max(failed, key=lambda one: one[0])[1]
+    args, kwargs, written = list(call.args), dict(call.kwargs), {}
+    for want in call.wanted:
+        if want.source < 0:  # each run writes to a mapping of its own
+            holder = args if isinstance(want.place, int) else kwargs
+            holder[want.place] = written[want.source] = copy.copy(holder[want.place])
+    outputs = block(laid_out(hidden, call.ahead), *args, **kwargs)
+    answer = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    beside = tuple(dict(written[source]) if source < 0 else answer[source] for source in call.hands)
+    for each in beside:
+        _check(each, len(hidden))
+    return Handed(rows_first(answer[0], call.ahead), beside)
 
 
-def _recorded(
-    decoder: Callable[..., Any],
-    blocks: NamedBlocks,
-    where: str,
-    ids: Tensor,
-    mask: Tensor | None,
-    answer: Answer,
-    calls: list[BlockCall],
-) -> BlockInputs:
-    """See `record_calls`; calls: empty, gets those of the blocks that were reached."""
-    hidden: list[Tensor] = []
-    handed: list[Tensor] = []  # what the block before gave
-
-    def record(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if index != len(calls):
-                raise ModelError(f"block {index} of {where} was called out of order: cannot stream it")
-            inputs, rest, kwargs = _split_hidden(args, kwargs, f"block {index} of {where}")
-            _check(inputs, (*rest, *kwargs.values()), index, handed, ids, where)
-            if index == 0:
-                hidden.append(inputs)
-            calls.append(BlockCall(rest, kwargs))
-            handed[:] = [inputs.clone()]
-            return answer(handed[0])
-
-        return forward
-
-    keywords = {} if mask is None else {"attention_mask": mask.to(torch.int64)}
-    try:
-        with torch.no_grad(), blocks_replaced(blocks, record):
-            decoder(input_ids=ids, use_cache=False, **keywords)
-    except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        if len(calls) != len(blocks):
-            raise ModelError(f"the model's forward could not be followed through its blocks: {error}") from error
-    if len(calls) != len(blocks):
-        raise ModelError(f"the model visited {len(calls)} of its {len(blocks)} blocks in {where}")
-    return BlockInputs(hidden[0].detach(), tuple(calls))
+def run_block(block: Callable[..., Any], hidden: Tensor, call: BlockCall) -> Tensor:
+    """The block's output hidden states, `[rows, tokens, width]`."""
+    return hand_on(block, hidden, call).hidden
 
 
-def _check(inputs: Tensor, others: tuple[Any, ...], index: int, handed: list[Tensor], ids: Tensor, where: str) -> None:
-    if index == 0 and inputs.shape[:2] != ids.shape:
+def laid_out(hidden: Tensor, ahead: int) -> Tensor:
+    """`[rows, tokens, ...]` as a model has it that keeps `ahead` dimensions before these two."""
+    return hidden.movedim((0, 1), (ahead, ahead + 1)).contiguous() if ahead else hidden
+
+
+def rows_first(hidden: Tensor, ahead: int) -> Tensor:
+    """`[rows, tokens, ...]` of what a model has that keeps `ahead` dimensions before these two."""
+    return hidden.movedim((ahead, ahead + 1), (0, 1)).contiguous() if ahead else hidden
+
+
+def mapped(carried: Carried, change: Callable[[Tensor], Tensor]) -> Carried:
+    """The same with every tensor changed; what is no tensor and holds none stays as it is."""
+    if isinstance(carried, Tensor):
+        return change(carried)
+    if type(carried) in (tuple, list):
+        return type(carried)(mapped(each, change) for each in carried)
+    if type(carried) is dict:
+        return {key: mapped(each, change) for key, each in carried.items()}
+    return carried
+
+
+def leaves(carried: Carried) -> list[Tensor]:
+    """Every tensor of it, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(carried, note)
+    return found
+
+
+def _tensors_of(call: BlockCall) -> list[Tensor]:
+    return leaves([call.args, dict(call.kwargs)])
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.to(other.device), other)
+
+
+def _check(carried: Carried, rows: int) -> None:
+    """Raises ModelError where this cannot travel with its rows."""
+    if isinstance(carried, (tuple, list)):
+        for each in carried:
+            _check(each, rows)
+    elif isinstance(carried, dict):
+        for each in carried.values():
+            _check(each, rows)
+    elif isinstance(carried, Tensor):
+        if carried.dim() == 0 or len(carried) != rows:
+            raise ModelError(
+                f"a block hands the next one a tensor of shape {list(carried.shape)} for {rows} rows of hidden states: "
+                "cannot stream it"
+            )
+    elif carried is not None:
         raise ModelError(
-            f"{where}: the first block gets hidden states of shape {list(inputs.shape)} for "
-            f"{len(ids)} rows of {ids.shape[1]} tokens, expected these two first: cannot stream it"
+            f"a block hands the next one a {type(carried).__name__} beside the hidden states: cannot stream it"
         )
-    if index > 0 and not _same(inputs, handed[0]):
-        raise ModelError(
-            f"{where}: block {index} reads something else than what block {index - 1} gives, "
-            "so the model computes between its blocks: cannot stream it"
-        )
-    if any(isinstance(each, _Beside) for each in others):
-        raise _HandsMore(
-            f"{where}: block {index - 1} hands block {index} more than the hidden states: cannot stream it"
-        )
-
-
-@contextmanager
-def blocks_replaced(blocks: NamedBlocks, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Inside, the model calls `forward_of(index)` in the place of each block."""
-    originals = list(blocks)
-    for index, block in enumerate(originals):
-        blocks[index] = _Recorder(block, forward_of(index))
-    try:
-        yield
-    finally:
-        for index, block in enumerate(originals):
-            blocks[index] = block
-
-
-class _Recorder(nn.Module):
-    """Stands in a block's place; other attributes (an attention type, say) are those of the block."""
-
-    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)
-        object.__setattr__(self, "forward", forward)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_block"), name)
-
-
-def _same(found: Any, expected: Tensor) -> bool:
-    """Equal number by number; NaN is equal to NaN, a damaged checkpoint is found elsewhere."""
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        return False
-    return torch.allclose(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def _split_hidden(args: tuple, kwargs: dict[str, Any], block: str) -> tuple[Tensor, tuple, dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    if "hidden_states" not in rest:
-        raise ModelError(
-            f"{block} is called with keywords only ({', '.join(rest) or 'none'}): which of them is the hidden states "
-            "is not clear, they must come first and without a name: cannot stream it"
-        )
-    return rest.pop("hidden_states"), (), rest

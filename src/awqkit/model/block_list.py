@@ -1,19 +1,18 @@
-"""Where a model's decoder blocks are, by structure."""
+"""Where a model's decoder blocks are, by structure, and what they share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import nn
 
 from awqkit.errors import ModelError
 
 
-def find_block_list(model: nn.Module) -> str:
-    """The path of the outermost module list with the most parameters inside the text decoder.
+def find_block_lists(model: nn.Module) -> list[str]:
+    """The paths of the outermost module lists inside the text decoder, those with the most parameters first.
 
-    Raises ModelError where there is none, and where two of its blocks hold one parameter: what one block stores would
-    change the other.
+    Raises ModelError where there is none.
     """
     inside = {id(module) for module in _text_decoder(model).modules()}
     lists = {
@@ -30,9 +29,7 @@ def find_block_list(model: nn.Module) -> str:
         raise ModelError(
             f"no list of decoder blocks found in {type(model).__name__}: cannot quantize it block by block"
         )
-    found = max(outermost, key=lambda path: outermost[path])
-    refuse_shared(lists[found], found)
-    return found
+    return sorted((path for path in outermost if outermost[path]), key=lambda path: -outermost[path])
 
 
 def _text_decoder(model: nn.Module) -> nn.Module:
@@ -43,11 +40,13 @@ def _text_decoder(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def refuse_shared(blocks: Iterable[nn.Module], where: str) -> None:
-    """Raises ModelError where two blocks hold one parameter."""
-    owner: dict[int, int] = {}
+def shared_parameters(blocks: Sequence[nn.Module]) -> list[dict[str, tuple[int, ...]]]:
+    """For every block its parameters that others compute with as well, each with the numbers of all these blocks."""
+    owners: dict[int, dict[int, None]] = {}
     for index, block in enumerate(blocks):
-        for name, value in block.named_parameters():
-            first = owner.setdefault(id(value), index)
-            if first != index:
-                raise ModelError(f"{where}: blocks {first} and {index} share {name}: cannot quantize them one by one")
+        for value in block.parameters():
+            owners.setdefault(id(value), {})[index] = None
+    return [
+        {name: tuple(owners[id(value)]) for name, value in block.named_parameters() if len(owners[id(value)]) > 1}
+        for block in blocks
+    ]

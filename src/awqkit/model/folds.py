@@ -17,13 +17,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from awqkit.model.block_calls import Handed, leaves
 from awqkit.model.channel_factors import distinct_factors, read_factors
 from awqkit.model.matrices import Expert, expert_of, matrix_of, matrix_parameters, parameter_of, siblings_of
 from awqkit.model.observe import TRANSPOSED, LinearWatch, both_ways
 from awqkit.model.routing import ChosenExperts, spread
 from awqkit.model.structure import BlockStructure, Fold, LinearInput, LinearView, Refusal
 
-RunBlock = Callable[[], Tensor]
+RunBlock = Callable[[], Tensor | Handed]
 
 PROOF_TOLERANCE = 1e-5  # largest change of the output under powers of two, relative to the block's own contribution
 _ROUGH_TOLERANCE = 1e-3  # the same under random factors, before the proof
@@ -38,7 +39,7 @@ class _Look:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     repeated: set[str] = field(default_factory=set)
-    output: Tensor | None = None
+    output: Handed | None = None
 
 
 _Ask = Callable[..., "tuple[dict[str, Tensor], _Look] | None"]
@@ -54,7 +55,8 @@ class _Producer:
 
 
 def discover(block: nn.Module, run: RunBlock, hidden: Tensor, *, look_for_folds: bool = True) -> BlockStructure:
-    """The structure of a block with real weights. `run()` runs it on `hidden` `[rows, tokens, width]` (float32).
+    """The structure of a block with real weights. `run()` runs it on `hidden` `[rows, tokens, width]` (float32) and
+    gives its output, alone or with what it hands on.
 
     look_for_folds: whether to ask where scales can be absorbed, or for linears and their inputs alone. Parameters
     are changed on the way and restored exactly.
@@ -97,7 +99,7 @@ def discover(block: nn.Module, run: RunBlock, hidden: Tensor, *, look_for_folds:
 def every_expert(run: RunBlock, experts: Sequence[int]) -> RunBlock:
     """The same run with its tokens sent to all experts in turn, where there are any. experts: how many there may be."""
 
-    def spread_run() -> Tensor:
+    def spread_run() -> Tensor | Handed:
         with ChosenExperts(experts, spread):
             return run()
 
@@ -147,7 +149,7 @@ def prove(
     experts a second run reaches them all. Parameters are restored exactly.
     """
     runs = [run, every_expert(run, structure.experts)] if structure.experts else [run]
-    plain = [each() for each in runs]
+    plain = [_handed(each()) for each in runs]
     generator = torch.Generator().manual_seed(seed)
     parameters = {name: value.data for name, value in block.named_parameters()}
     touched = {name for fold in folds for name in fold.producer}
@@ -156,7 +158,7 @@ def prove(
     try:
         for fold in folds:
             _scale_by_powers(parameters, structure, fold, generator)
-        changed = [each() for each in runs]
+        changed = [_handed(each()) for each in runs]
     finally:
         for name, value in saved.items():
             matrix_of(parameters, name).copy_(value)
@@ -228,7 +230,7 @@ def _look(
         return outputs * gain[1] if gain is not None and name == gain[0] else None
 
     with torch.no_grad(), LinearWatch(both_ways(weights), before, after):
-        look.output = run()
+        look.output = _handed(run())
     return look
 
 
@@ -363,7 +365,7 @@ def _consumers(
 
     rows: the only channels that are scaled, or None for all.
     """
-    factor = distinct_factors(producer.num_channels, plain.output.device)
+    factor = distinct_factors(producer.num_channels, plain.output.hidden.device)
     if rows is not None:
         scaled = torch.zeros_like(factor, dtype=torch.bool)
         scaled[list(rows)] = True
@@ -454,9 +456,26 @@ class _scaled_vectors:
             self._parameters[name].data = value
 
 
-def _relative_change(changed: Tensor | None, plain: Tensor | None, hidden: Tensor) -> float:
-    """The largest change of any row, relative to what the block adds to that row; inf where it is not a number."""
+def _handed(given: Tensor | Handed) -> Handed:
+    return given if isinstance(given, Handed) else Handed(given)
+
+
+def _relative_change(changed: Handed | None, plain: Handed | None, hidden: Tensor) -> float:
+    """The largest change of any row, relative to what the block adds to that row; inf where it is not a number.
+
+    Of what is handed on beside, relative to its own size; inf where whole numbers are others.
+    """
     assert changed is not None and plain is not None
-    contribution = (plain - hidden).abs().flatten(1).amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-    change = float(((changed - plain).abs().flatten(1).amax(dim=1) / contribution).max())
-    return change if change == change else float("inf")
+    changes = [_largest(changed.hidden - plain.hidden, plain.hidden - hidden)]
+    for after, before in zip(leaves(changed.beside), leaves(plain.beside), strict=True):
+        if before.is_floating_point() and after.shape == before.shape:
+            changes.append(_largest(after - before, before))
+        elif not torch.equal(after, before):
+            return float("inf")
+    return max(change if change == change else float("inf") for change in changes)
+
+
+def _largest(change: Tensor, like: Tensor) -> float:
+    """The largest change of any row, relative to the largest number of `like` there."""
+    size = like.abs().flatten(1).amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    return float((change.abs().flatten(1).amax(dim=1) / size).max())

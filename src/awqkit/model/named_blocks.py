@@ -8,11 +8,20 @@ from torch import nn
 
 
 class NamedBlocks:
-    """The modules at `paths` of `model`, in order; what stands there now, which need not be what stood there before."""
+    """The modules at `paths` of `model`, in order; what stands there now, which need not be what stood there before.
 
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+    where: what messages call them together.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], where: str) -> None:
         self._model = model
-        self.paths = tuple(paths)
+        self.paths, self.where = tuple(paths), where
+
+    @classmethod
+    def of_list(cls, model: nn.Module, path: str) -> NamedBlocks:
+        """The modules of the list at `path`."""
+        names = model.get_submodule(path)._modules
+        return cls(model, [f"{path}.{name}".removeprefix(".") for name in names], path or "the module itself")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -30,12 +30,10 @@ class PlainCalls:
         self,
         module: nn.Module,
         run: Callable[[nn.Module, Tensor], Any] | None,
-        last_block: str,
         vocabulary_size: int | None,
         title: str,
     ) -> None:
         self._module, self._run, self._title = module, run, title
-        self._last_block = last_block
         self._known_ids = vocabulary_size
 
     def reach(self, input_ids: Tensor, **_: Any) -> None:
@@ -46,19 +44,22 @@ class PlainCalls:
             finally:
                 self._known_ids = self._known_ids or table.rows
 
-    def reach_again(self, input_ids: Tensor, **_: Any) -> None:
-        """The forward as far as the last block: logits of many tokens are the largest tensors there are."""
+    def reach_blocks(self, last: str) -> Callable[..., None]:
+        """The forward as far as the block at `last`: logits of many tokens are the largest tensors there are."""
 
         def stop(*_: Any) -> None:
             raise _Stopped
 
-        handle = self._module.get_submodule(self._last_block).register_forward_hook(stop)
-        try:
-            self._call(input_ids)
-        except _Stopped:
-            pass
-        finally:
-            handle.remove()
+        def forward(input_ids: Tensor, **_: Any) -> None:
+            handle = self._module.get_submodule(last).register_forward_hook(stop)
+            try:
+                self._call(input_ids)
+            except _Stopped:
+                pass
+            finally:
+                handle.remove()
+
+        return forward
 
     def logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Raises ModelError where the forward fails, or gives something else than logits of every token."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError, UsageError
-from awqkit.model.block_list import find_block_list, refuse_shared
+from awqkit.model.block_list import find_block_lists
 from awqkit.model.named_blocks import NamedBlocks
 from awqkit.model.plain_calls import ADVICE, PlainCalls, named
 from awqkit.model.runnable import Runnable
@@ -71,27 +71,26 @@ def plain_runnable(plain: PlainModel) -> Runnable:
         raise ModelError(
             f"{plain.title} is a model of transformers: save it with save_pretrained and give the folder in its place"
         )
-    paths, where = _block_paths(module, plain.blocks)
+    named_lists = _lists(module, plain.blocks)
     empty = _empty_copy(module, plain.title)
-    calls = PlainCalls(empty, plain.run, paths[-1], plain.vocabulary_size, plain.title)
+    calls = PlainCalls(empty, plain.run, plain.vocabulary_size, plain.title)
     return Runnable(
         module=empty,
         decoder=empty,
-        blocks=NamedBlocks(empty, paths),
-        where=where,
+        lists=tuple(NamedBlocks(empty, each.paths, each.where) for each in named_lists),
         reach=calls.reach,
-        reach_again=calls.reach_again,
+        reach_blocks=calls.reach_blocks,
         logits=calls.logits,
         vocabulary_size=calls.vocabulary_size,
         advice=ADVICE,
     )
 
 
-def _block_paths(module: nn.Module, blocks: str | Sequence[str] | None) -> tuple[list[str], str]:
-    """The path of every block, and what messages call them together."""
+def _lists(module: nn.Module, blocks: str | Sequence[str] | None) -> list[NamedBlocks]:
+    """The blocks that were named, or each list that they may be."""
     if blocks is None:
         try:
-            blocks = find_block_list(module)
+            return [NamedBlocks.of_list(module, path) for path in find_block_lists(module)]
         except ModelError as error:
             raise ModelError(f"{error}{_lists_text(module)}{ADVICE}") from error
     if isinstance(blocks, str):
@@ -102,15 +101,13 @@ def _block_paths(module: nn.Module, blocks: str | Sequence[str] | None) -> tuple
                 f"blocks={blocks!r} is {found}, expected an nn.ModuleList or nn.Sequential of decoder blocks"
                 f"{_lists_text(module)}; consecutive blocks outside a list are given by their paths, as a tuple"
             )
-        paths = [f"{blocks}.{name}".removeprefix(".") for name in holder._modules]
-        where = blocks or "the module itself"
-    else:
-        paths = list(blocks)
-        if not paths:
-            raise ModelError(f"blocks is empty, expected the paths of decoder blocks{_lists_text(module)}")
-        where = paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
-    refuse_shared([_submodule(module, path) for path in paths], where)
-    return paths, where
+        return [NamedBlocks.of_list(module, blocks)]
+    paths = list(blocks)
+    if not paths:
+        raise ModelError(f"blocks is empty, expected the paths of decoder blocks{_lists_text(module)}")
+    if len({id(_submodule(module, path)) for path in paths}) != len(paths):
+        raise ModelError(f"blocks names a module twice: {', '.join(paths)}; each runs once")
+    return [NamedBlocks(module, paths, paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}")]
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awqkit.model.block_list import find_block_list
+from awqkit.model.block_list import find_block_lists
 from awqkit.model.named_blocks import NamedBlocks
 
 
@@ -17,18 +17,18 @@ from awqkit.model.named_blocks import NamedBlocks
 class Runnable:
     """What a Skeleton needs to know of a model.
 
-    module: all of it, parameters on the meta device. decoder: the part of it that calls the blocks. where: what
-    messages call the blocks. reach, reach_again: run the decoder as transformers runs one (`input_ids=`, `use_cache=`,
-    `attention_mask=`); the second may stop behind the last block. logits(ids, mask): `[rows, tokens, vocabulary]`.
-    advice: what to pass where the model cannot be followed, appended to messages.
+    module: all of it, parameters on the meta device. decoder: the part of it that calls the blocks. lists: what may be
+    the list of them, the likeliest first. reach: runs the decoder as transformers runs one (`input_ids=`, `use_cache=`,
+    `attention_mask=`). reach_blocks(path): a function that does so and may stop behind the block at `path`, the last.
+    logits(ids, mask): `[rows, tokens, vocabulary]`. advice: what to pass where the model cannot be followed, appended
+    to messages.
     """
 
     module: nn.Module
     decoder: nn.Module
-    blocks: NamedBlocks
-    where: str
+    lists: tuple[NamedBlocks, ...]
     reach: Callable[..., Any]
-    reach_again: Callable[..., Any]
+    reach_blocks: Callable[[str], Callable[..., Any]]
     logits: Callable[[Tensor, Tensor | None], Tensor]
     vocabulary_size: Callable[[], int]
     advice: str = ""
@@ -36,7 +36,6 @@ class Runnable:
 
 def transformers_runnable(model: nn.Module) -> Runnable:
     """A causal language model of transformers; its blocks are found by structure. Raises ModelError, see block_list."""
-    where = find_block_list(model)
     decoder = getattr(model, "base_model", model)
 
     def logits(ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -46,10 +45,9 @@ def transformers_runnable(model: nn.Module) -> Runnable:
     return Runnable(
         module=model,
         decoder=decoder,
-        blocks=NamedBlocks(model, [f"{where}.{index}" for index in range(len(model.get_submodule(where)))]),
-        where=where,
+        lists=tuple(NamedBlocks.of_list(model, path) for path in find_block_lists(model)),
         reach=decoder,
-        reach_again=decoder,
+        reach_blocks=lambda path: decoder,
         logits=logits,
         vocabulary_size=lambda: model.get_input_embeddings().weight.shape[0],
     )

@@ -7,7 +7,7 @@ arguments. One block at a time has weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -15,12 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
-from awqkit.model.block_calls import Answer, BlockInputs, blocks_replaced, record_calls
+from awqkit.model.block_calls import BlockInputs, laid_out
+from awqkit.model.block_list import shared_parameters
 from awqkit.model.disk_places import Place, joined, places_on_disk
 from awqkit.model.matrices import parameter_of, stack_and_index
+from awqkit.model.named_blocks import NamedBlocks
 from awqkit.model.plain_model import PlainModel, plain_runnable
+from awqkit.model.recorded_calls import Manner, blocks_replaced, lists_called, record_calls
 from awqkit.model.runnable import Runnable, transformers_runnable
 from awqkit.model.transformers_bridge import empty_model
+
+_TOKENS_TO_ASK = 8
 
 
 class WeightSource(Protocol):
@@ -45,28 +50,54 @@ class Skeleton:
     def __init__(self, model: Any, source: WeightSource, *, trust_remote_code: bool = False) -> None:
         self._runnable = _runnable(model, trust_remote_code)
         self._model, self._decoder = self._runnable.module, self._runnable.decoder
-        self._blocks = self._runnable.blocks
         self._source = source
         self._places = places_on_disk(self._model, source.names)
         # Taken now: weights come and go with new Parameter objects, and tied ones are told by their identity.
         self._shared = {name: id(value) for name, value in self._model.named_parameters(remove_duplicate=False)}
-        self._in_blocks = {id(part) for block in self._blocks for part in block.modules()}
-        self._answer: Answer | None = None
+        self._manner: Manner | None = None
+        self._take(self._runnable.lists[0])
         self._name_of_shared = {self._shared[name]: name for name in self.names() if name in self._shared}
+
+    def _take(self, blocks: NamedBlocks, others: Sequence[NamedBlocks] = ()) -> None:
+        """Take a list for that of the blocks. others: lists that no text visits, which need no weights either."""
+        self._blocks = blocks
+        self._without_weights = {id(part) for each in (blocks, *others) for block in each for part in block.modules()}
+        self._call_only(range(len(self._blocks)))
+
+    def _call_only(self, visited: Sequence[int]) -> None:
+        """Of the list only these are blocks that the model calls with text alone."""
+        self._visited = tuple(visited)
+        self._shared_by = shared_parameters([self._blocks[number] for number in visited])
 
     @property
     def num_blocks(self) -> int:
-        """How many decoder blocks there are."""
-        return len(self._blocks)
+        """How many decoder blocks there are; what follows is settled once the model was first asked (`start`)."""
+        return len(self._visited)
+
+    @property
+    def uncalled_blocks(self) -> list[str]:
+        """The paths of blocks that the model does not call with text alone; they count as outside of the blocks."""
+        return [path for number, path in enumerate(self._blocks.paths) if number not in self._visited]
 
     def block_path(self, index: int) -> str:
         """The module path of a block, for example `model.layers.3`."""
-        return self._blocks.paths[index]
+        return self._blocks.paths[self._visited[index]]
+
+    def _block(self, index: int) -> nn.Module:
+        return self._blocks[self._visited[index]]
 
     def block_kind(self, index: int) -> tuple[Any, ...]:
-        """A key that two blocks share when they have the same class and the same parameters by name and shape."""
-        block = self._blocks[index]
-        return (type(block), *((name, tuple(value.shape)) for name, value in block.named_parameters()))
+        """A key that two blocks have in common when class and parameters, by name and shape, are the same.
+
+        Of both the same parameters are shared with other blocks.
+        """
+        block, shared = self._block(index), self._shared_by[index]
+        parameters = ((name, tuple(value.shape), name in shared) for name, value in block.named_parameters())
+        return (type(block), *parameters)
+
+    def shared_by(self, index: int) -> Mapping[str, tuple[int, ...]]:
+        """The parameters of a block, by their names in it, that others share: each with the numbers of all of them."""
+        return self._shared_by[index]
 
     def names(self) -> list[str]:
         """Names of all parameters and buffers of the model that the checkpoint has."""
@@ -131,7 +162,7 @@ class Skeleton:
 
     @property
     def vocabulary_size(self) -> int:
-        """How many token ids the model has an embedding for."""
+        """How many token ids the model has an embedding for; of a plain module known once it was first run."""
         return self._runnable.vocabulary_size()
 
     def tied_duplicates(self) -> dict[str, str]:
@@ -148,18 +179,19 @@ class Skeleton:
 
     def linears_outside_blocks(self) -> list[str]:
         """Paths of the linear modules that no block holds: the output head, projections around the decoder."""
+        inside = {id(part) for index in range(self.num_blocks) for part in self._block(index).modules()}
         named = self._model.named_modules()
-        return [path for path, module in named if isinstance(module, nn.Linear) and not self._inside_block(module)]
+        return [path for path, module in named if isinstance(module, nn.Linear) and id(module) not in inside]
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
         """The block with its weights in float32 on `device`. Call `release_block` when done."""
-        block = self._blocks[index]
+        block = self._block(index)
         self._materialize(block, self.block_path(index), device)
         return block
 
     def release_block(self, index: int) -> None:
         """Give the block's weights back."""
-        _to_meta(self._blocks[index])
+        _to_meta(self._block(index))
 
     def start(self, batches: Iterable[tuple[Tensor, Tensor | None]], device: torch.device) -> Iterable[BlockInputs]:
         """For each batch of (token ids `[rows, tokens]`, mask or None) what the first block gets, in float32.
@@ -167,15 +199,36 @@ class Skeleton:
         Weights outside the blocks exist while this generator runs. Raises ModelError where the model cannot be run
         or does not visit its blocks once and in order.
         """
-        outside = [(path, module) for path, module in self._decoder.named_modules() if not self._inside_block(module)]
-        prefix = _prefix_of(self._model, self._decoder)
-        try:
-            for path, module in outside:
-                self._materialize(module, f"{prefix}{path}".strip("."), device, recurse=False)
+        if self._manner is None and len(self._runnable.lists) > 1:
+            self._choose_list(device)
+        with self._weights_of(self._decoder, self._without_weights, device):
             for ids, mask in batches:
                 yield self._record(ids.to(device), None if mask is None else mask.to(device))
+
+    def _choose_list(self, device: torch.device) -> None:
+        """Take the largest list of those that the model visits with token ids alone, where it can be asked."""
+        lists = self._runnable.lists
+        without = {id(part) for blocks in lists for block in blocks for part in block.modules()}
+        ids = torch.arange(_TOKENS_TO_ASK, device=device).expand(2, _TOKENS_TO_ASK)
+        with self._weights_of(self._decoder, without, device):
+            called = lists_called(self._runnable.reach, lists, ids)
+        if called:
+            self._take(
+                next(blocks for blocks in lists if blocks.where in called),
+                [blocks for blocks in lists if blocks.where not in called],
+            )
+
+    @contextmanager
+    def _weights_of(self, part: nn.Module, without: Collection[int], device: torch.device) -> Iterator[None]:
+        """Inside, everything below `part` has weights but for the modules `without`, by their id."""
+        prefix = _prefix_of(self._model, part)
+        filled = [(path, module) for path, module in part.named_modules() if id(module) not in without]
+        try:
+            for path, module in filled:
+                self._materialize(module, f"{prefix}{path}".strip("."), device, recurse=False)
+            yield
         finally:
-            for _, module in outside:
+            for _, module in filled:
                 _to_meta(module, recurse=False)
 
     @contextmanager
@@ -185,34 +238,28 @@ class Skeleton:
         ids: `[rows, tokens]`, only to satisfy the model's own forward; hidden: `[rows, tokens, width]`, the last
         block's output. The weights outside the blocks exist inside the context.
         """
-        outside = [(path, module) for path, module in self._model.named_modules() if not self._inside_block(module)]
 
         def logits(ids: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
-            if self._answer is None:
+            if self._manner is None:
                 self._record(ids, mask)
-            answer = self._answer
-            with blocks_replaced(self._blocks, lambda index: lambda *args, **kwargs: answer(hidden)):
+            answer, given = self._manner.answer, laid_out(hidden, self._manner.ahead)
+            with blocks_replaced(self._blocks, lambda index: lambda *args, **kwargs: answer(given, index)):
                 return self._runnable.logits(ids, mask)
 
-        try:
-            for path, module in outside:
-                self._materialize(module, path, device, recurse=False)
+        with self._weights_of(self._model, self._without_weights, device):
             yield logits
-        finally:
-            for _, module in outside:
-                _to_meta(module, recurse=False)
-
-    def _inside_block(self, module: nn.Module) -> bool:
-        return id(module) in self._in_blocks
 
     def _record(self, ids: Tensor, mask: Tensor | None) -> BlockInputs:
         """The model's own forward with recorders for blocks."""
         runs = self._runnable
-        reach = runs.reach if self._answer is None else runs.reach_again
+        reach = runs.reach if self._manner is None else runs.reach_blocks(self.block_path(self.num_blocks - 1))
         try:
-            recorded, self._answer = record_calls(reach, self._blocks, runs.where, ids, mask, self._answer)
+            recorded, manner = record_calls(reach, self._blocks, ids, mask, self._manner)
         except ModelError as error:
             raise ModelError(f"{error}{runs.advice}") from error
+        if self._manner is None:
+            self._manner = manner
+            self._call_only(manner.visited)
         return recorded
 
     def _parameter(self, name: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -116,11 +117,31 @@ def empty_model(config: Any, *, trust_remote_code: bool = False, experts_apart: 
 def _build_empty(config: Any, attention: str, trust_remote_code: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    own = _class_of_part(config)
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
+        if own is None:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
+        else:
+            model = own._from_config(config, dtype=torch.float32, attn_implementation=attention)
     return model.eval()
+
+
+def _class_of_part(config: Any) -> Any:
+    """The causal language model that takes this very config, where transformers maps only a config around it to it.
+
+    None for every config that it maps by itself, and where there is no such class.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if type(config) in AutoModelForCausalLM._model_mapping or not type(config).__module__.startswith("transformers."):
+        return None
+    package = sys.modules[type(config).__module__.rpartition(".")[0]]
+    names = dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    found = (getattr(package, name, None) for name in names if hasattr(package, name))
+    return next((each for each in found if getattr(each, "config_class", None) is type(config)), None)
 
 
 def _refuse_encoder_decoder(config: Any) -> None:
@@ -177,8 +198,11 @@ def full_model(
     _refuse_encoder_decoder(config)
     try:
         with quiet_transformers():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                directory, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            own, choices = _class_of_part(config), {}
+            if own is None:
+                own, choices = AutoModelForCausalLM, {"trust_remote_code": trust_remote_code}
+            model, found = own.from_pretrained(
+                directory, config=config, dtype=dtype, output_loading_info=True, **choices
             )
     except Exception as error:  # transformers and a model's own code raise many kinds
         raise _not_built(config, error) from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from awqkit.model.block_calls import BlockCall
+from awqkit.model.block_calls import BlockCall, Carried, mapped
 from awqkit.model.skeleton import Skeleton
 
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
@@ -49,7 +49,7 @@ class TokenRows:
 class HiddenStates:
     """What the next block reads: `[rows, tokens, width]` float32, visited batch by batch and overwritten in place.
 
-    A model with several residual streams has a dimension more.
+    A model with several residual streams has a dimension more. What blocks hand on beside them goes with them.
     tokens_per_batch: how many tokens a batch holds at most (one row at least); None for as many as suit the device.
     num_streams: about how many of this size there will be; together they leave the device room for the work itself.
     """
@@ -65,24 +65,25 @@ class HiddenStates:
     ) -> None:
         self._device, self._mask = device, rows.mask
         self._batches = list(_batches(rows.ids.shape, tokens_per_batch or usual_tokens_per_batch(device)))
-        self._calls: dict[object, tuple[BlockCall, ...]] = {}
+        self._calls: dict[int, tuple[BlockCall, ...]] = {}  # by the first row of a batch
+        self._beside: dict[int, tuple[Carried, ...]] = {}
         self._states: Tensor | None = None
         for part, started in zip(self._batches, skeleton.start(self._split(rows), device), strict=True):
             if self._states is None:
                 self._states = _place(rows.ids.shape, started.hidden.shape[2:], device, num_streams)
             self._states[part] = started.hidden.to(self._states.device)
-            self._calls.setdefault(self._key(part), started.calls)
+            self._calls[part.start] = self._sharing(started.calls)
 
     def copy(self) -> HiddenStates:
         """The same rows as a stream of its own."""
         twin = object.__new__(HiddenStates)
         twin.__dict__.update(self.__dict__)
-        twin._states = self._states.clone()
+        twin._states, twin._beside = self._states.clone(), dict(self._beside)
         return twin
 
     def take(self, other: HiddenStates) -> None:
         """Be where another stream of the same rows is, which is not used afterwards."""
-        self._states = other._states
+        self._states, self._beside = other._states, other._beside
 
     @property
     def shape(self) -> torch.Size:
@@ -94,15 +95,23 @@ class HiddenStates:
             batch = rows.rows(part)
             yield batch.ids, batch.mask
 
-    def _key(self, part: slice) -> object:
-        """Rows without padding get the same arguments whenever there are equally many of them."""
-        return part.start if self._mask is not None else part.stop - part.start
+    def _sharing(self, calls: tuple[BlockCall, ...]) -> tuple[BlockCall, ...]:
+        """The calls with the tensors that the first batch gets as well; those of its own lie with the rows."""
+        if not self._calls:
+            return calls
+        first = next(iter(self._calls.values()))
+        own = self._states.device
+        return tuple(call.sharing(like, lambda tensor: tensor.to(own)) for call, like in zip(calls, first, strict=True))
+
+    def _call(self, call: BlockCall) -> BlockCall:
+        return call.changed(lambda tensor: tensor.to(self._device))
 
     def batches(self, block: int) -> Iterable[tuple[slice, Tensor, BlockCall, Tensor | None]]:
         """Row slice, hidden states on the device, the block's arguments and the mask, batch by batch."""
         for part in self._batches:
             mask = None if self._mask is None else self._mask[part].to(self._device)
-            yield part, self._states[part].to(self._device), self._calls[self._key(part)][block], mask
+            call = self._calls[part.start][block].given(self.beside(part))
+            yield part, self._states[part].to(self._device), self._call(call), mask
 
     @property
     def values(self) -> Tensor:
@@ -124,18 +133,26 @@ class HiddenStates:
         return len(self._batches)
 
     def batch(self, position: int) -> tuple[slice, Tensor, tuple[BlockCall, ...], Tensor | None]:
-        """Row slice, hidden states on the device, the arguments of all blocks, and the mask of one batch."""
+        """Row slice, hidden states on the device, the arguments of all blocks, and the mask of one batch.
+
+        Nothing stands yet for what a block gets from the one before.
+        """
         part = self._batches[position]
         mask = None if self._mask is None else self._mask[part].to(self._device)
-        return part, self._states[part].to(self._device), self._calls[self._key(part)], mask
+        return part, self._states[part].to(self._device), tuple(map(self._call, self._calls[part.start])), mask
+
+    def beside(self, part: slice) -> tuple[Carried, ...]:
+        """What goes with the hidden states of a batch."""
+        return self._beside.get(part.start, ())
 
     def rows_of(self, part: slice) -> Tensor:
         """The hidden states of some rows, on the device."""
         return self._states[part].to(self._device)
 
-    def write(self, part: slice, hidden: Tensor) -> None:
-        """Put the block's output in the place of its input."""
+    def write(self, part: slice, hidden: Tensor, beside: tuple[Carried, ...] = ()) -> None:
+        """Put the block's output in the place of its input; beside: what the next block gets with it."""
         self._states[part] = hidden.to(self._states.device)
+        self._beside[part.start] = mapped(beside, lambda tensor: tensor.detach().to(self._states.device))
 
 
 def usual_tokens_per_batch(device: torch.device) -> int:

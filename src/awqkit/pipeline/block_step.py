@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from awqkit.decisions import BlockDecision, FoldDecision, KeptDecision, LinearDecision
 from awqkit.methods.evidence import Evidence, Readers, propagated_evidence
 from awqkit.methods.linear import QuantizedLinear
-from awqkit.model.block_calls import run_block
+from awqkit.model.block_calls import hand_on
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.numerics.statistics import Statistics
@@ -136,7 +137,8 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
         kept = KeptInputs(entries, rows, tokens, context.device)
     row_weights: Mapping[str, Tensor] = {}
     if gradients is not None:
-        row_weights = measure_sensitivity(context, original, gradients.at(index))
+        felt = partial(gradients.beside, index)
+        row_weights = measure_sensitivity(context, original, gradients.at(index), felt)
         advance(context, streams.probe, {})
     elif any(_weighs_rows(recipe) for recipe in recipes):
         row_weights = measure_row_weights(context, streams.probe)
@@ -277,20 +279,20 @@ def check_held_out(
     totals, contribution = [0.0] * len(choices), 0.0
     outputs = [] if stream.quantized is None else [stream.quantized.copy() for _ in choices]
     entered = (stream.quantized or stream.original).batches(context.index)
-    for (part, hidden, call, mask), (_, reached, _, _) in zip(
+    for (part, hidden, call, mask), (_, reached, own_call, _) in zip(
         stream.original.batches(context.index), entered, strict=True
     ):
         real = ... if mask is None else mask
         with torch.no_grad():
-            output = run_block(context.block, hidden, call)
+            output, beside = hand_on(context.block, hidden, call)
             contribution += float((output - hidden)[real].square().sum())
             for position, choice in enumerate(choices):
                 with weights_replaced(context, choice.quantized):
-                    found = run_block(context.block, reached, call)
+                    found = hand_on(context.block, reached, own_call)
                 if outputs:
-                    outputs[position].write(part, found)
-                totals[position] += float((found - output)[real].square().sum())
-        stream.original.write(part, output)
+                    outputs[position].write(part, *found)
+                totals[position] += float((found.hidden - output)[real].square().sum())
+        stream.original.write(part, output, beside)
     return tuple(total / max(contribution, torch.finfo(torch.float32).tiny) for total in totals), outputs
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from awqkit.events import BlockFinished, Caution, Emit, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.methods.tuning import TunableGain, TunableLinear
-from awqkit.model.block_calls import run_block
+from awqkit.model.block_calls import hand_on
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import HiddenStates, TokenRows
@@ -301,7 +301,7 @@ def _take(course: _Course, lane: _Lane, context: BlockContext, choice: Choice, r
 def _run_original(block: nn.Module, index: int, states: HiddenStates) -> None:
     with torch.no_grad():
         for part, hidden, call, _ in states.batches(index):
-            states.write(part, run_block(block, hidden, call))
+            states.write(part, *hand_on(block, hidden, call))
 
 
 def _tune(course: _Course, lane: _Lane, emit: Emit) -> None:
@@ -323,7 +323,7 @@ def _tune(course: _Course, lane: _Lane, emit: Emit) -> None:
     with torch.no_grad():
         for index, block in enumerate(_as_tuned(lane.blocks, moved)):
             for part, hidden, call, _ in lane.evaluation.batches(index):
-                lane.evaluation.write(part, block(hidden, call))
+                lane.evaluation.write(part, *block(hidden, call))
 
 
 def _as_tuned(

@@ -7,30 +7,34 @@ Fisher information (YAQA, Tseng 2025, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from awqkit.model.block_calls import run_block
+from awqkit.model.block_calls import Handed, hand_on, leaves, mapped
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.draw import drawn_tokens
 from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_per_batch
-from awqkit.pipeline.kept_states import kept_states
+from awqkit.pipeline.kept_states import KeptBeside, kept_states
 
 BATCH_DIVISOR = 2  # a backward pass keeps what a forward pass drops
 _LARGEST_TOKEN_WEIGHT = 20.0  # times the mean: beyond it a few tokens would be all that counts
 
 
 class EndGradients:
-    """`[rows, tokens, width]` bfloat16 for every block."""
+    """`[rows, tokens, width]` bfloat16 for every block, and the gradients of what it hands on beside that."""
 
-    def __init__(self, gradients: list[Tensor]) -> None:
-        self._gradients = gradients
+    def __init__(self, gradients: list[Tensor], beside: Sequence[KeptBeside] = ()) -> None:
+        self._gradients, self._beside = gradients, beside
 
     def at(self, block: int) -> Tensor:
         """The gradient at the block's output for all rows, wherever it is kept."""
         return self._gradients[block]
+
+    def beside(self, block: int, part: slice) -> list[Tensor]:
+        """Of every float tensor that the block hands on beside its hidden states, for some rows."""
+        return leaves(self._beside[block].at(part)) if block < len(self._beside) else []
 
     def token_weight(self, block: int) -> Tensor:
         """`[rows, tokens]` float32, mean 1: the root of each token's mean squared gradient, cut at 20 × the mean."""
@@ -50,13 +54,15 @@ def measure_end_gradients(
     tokens = usual_tokens_per_batch(device) // BATCH_DIVISOR
     states = HiddenStates(skeleton, rows, device, tokens_per_batch=tokens)
     *inputs, last = kept_states([states.shape] * (skeleton.num_blocks + 1), device)
+    beside = [KeptBeside(len(rows.ids), device) for _ in inputs]
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index, device)
         try:
             with torch.no_grad():
                 for part, hidden, call, _ in states.batches(index):
                     inputs[index][part].copy_(hidden)
-                    states.write(part, run_block(block, hidden, call))
+                    beside[index].keep(part, states.beside(part))
+                    states.write(part, *hand_on(block, hidden, call))
         finally:
             skeleton.release_block(index)
         step(index)
@@ -64,19 +70,46 @@ def measure_end_gradients(
     # a block's input is read once, so its gradient can take its place: [i] then holds that at block i − 1's output
     for part, gradient, _, _ in states.batches(0):
         last[part].copy_(gradient)
+    felt = [KeptBeside(len(rows.ids), device) for _ in inputs]
     for index in reversed(range(1, skeleton.num_blocks)):  # nobody asks for the gradient before the first block
         block = skeleton.load_block(index, device)
         try:
-            for part, gradient, call, _ in states.batches(index):
+            for position in range(states.num_batches):
+                part, gradient, calls, _ = states.batch(position)
                 hidden = inputs[index][part].to(device, torch.float32).requires_grad_(True)
+                came_with = mapped(beside[index].at(part), _leaf)
                 with torch.enable_grad():
-                    run_block(block, hidden, call).backward(gradient)
+                    handed = hand_on(block, hidden, calls[index].given(came_with))
+                backward_from(handed, gradient, leaves(felt[index].at(part)))
                 states.write(part, hidden.grad)
                 inputs[index][part].copy_(hidden.grad)
+                felt[index - 1].keep(part, tuple(_gradient(leaf) for leaf in _floats(came_with)))
         finally:
             skeleton.release_block(index)
         step(index)
-    return EndGradients([*inputs[1:], last])
+    return EndGradients([*inputs[1:], last], felt)
+
+
+def backward_from(handed: Handed, gradient: Tensor, beside: Sequence[Tensor]) -> None:
+    """Backward from what a block gave. beside: the gradients of the float tensors among what it hands on."""
+    outputs, gradients = [handed.hidden], [gradient]
+    for output, felt in zip(_floats(handed.beside), beside, strict=True):
+        if output.requires_grad:
+            outputs.append(output)
+            gradients.append(felt)
+    torch.autograd.backward(outputs, gradients)
+
+
+def _floats(carried: object) -> list[Tensor]:
+    return [tensor for tensor in leaves(carried) if tensor.is_floating_point()]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _at_last_output(skeleton: Skeleton, rows: TokenRows, states: HiddenStates, device: torch.device, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""bfloat16 tensors of the size of all hidden states: on the device where there is room, else in unlinked files."""
+"""Tensors of the size of all hidden states: on the device where there is room, else in unlinked files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,46 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from awqkit.model.block_calls import Carried, leaves, mapped
+
 _DEVICE_SHARE = 0.3  # of the free device memory
 
 
-def kept_states(shapes: Sequence[torch.Size], device: torch.device) -> list[Tensor]:
-    """One bfloat16 tensor per shape, without values yet; all of them in the same place."""
-    needed_bytes = 2 * sum(shape.numel() for shape in shapes)
+def kept_states(
+    shapes: Sequence[torch.Size], device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> list[Tensor]:
+    """One tensor per shape, without values yet; all of them in the same place."""
+    needed_bytes = dtype.itemsize * sum(shape.numel() for shape in shapes)
     if device.type == "cuda" and needed_bytes <= _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return [torch.empty(shape, dtype=torch.bfloat16, device=device) for shape in shapes]
-    return [_on_disk(shape, Path(tempfile.gettempdir())) for shape in shapes]
+        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    return [_on_disk(shape, Path(tempfile.gettempdir()), dtype) for shape in shapes]
 
 
-def _on_disk(shape: torch.Size, folder: Path) -> Tensor:
+def _on_disk(shape: torch.Size, folder: Path, dtype: torch.dtype) -> Tensor:
     """A tensor backed by a file that is gone when the process is."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".awqkit-states-") as file:
-        return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=torch.bfloat16).reshape(shape)
+        return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).reshape(shape)
+
+
+class KeptBeside:
+    """What goes with the hidden states of all rows between two blocks, every tensor in its own dtype."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self._num_rows, self._device = num_rows, device
+        self._form: tuple[Carried, ...] = ()
+        self._kept: list[Tensor] | None = None
+
+    def keep(self, part: slice, beside: tuple[Carried, ...]) -> None:
+        """Keep what goes with some rows; the same tensors as with every other row."""
+        tensors = leaves(list(beside))
+        if self._kept is None:
+            self._form = mapped(beside, lambda tensor: tensor[:0])
+            shapes = [(torch.Size((self._num_rows, *tensor.shape[1:])), tensor.dtype) for tensor in tensors]
+            self._kept = [kept_states([shape], self._device, dtype)[0] for shape, dtype in shapes]
+        for kept, tensor in zip(self._kept, tensors, strict=True):
+            kept[part].copy_(tensor)
+
+    def at(self, part: slice) -> tuple[Carried, ...]:
+        """What goes with some rows, on the device."""
+        kept = iter(self._kept or ())
+        return mapped(self._form, lambda _: next(kept)[part].to(self._device))

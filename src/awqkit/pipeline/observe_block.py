@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awqkit.decisions import FoldDecision
 from awqkit.errors import CheckpointError
-from awqkit.model.block_calls import run_block
+from awqkit.model.block_calls import Handed, hand_on
 from awqkit.model.folds import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.observe import LinearWatch
 from awqkit.model.routing import PickedRows, run_with_all_experts
@@ -41,7 +41,8 @@ def refuse_non_finite(context: BlockContext) -> None:
     for name, value in context.parameters.items():
         if not bool(torch.isfinite(value).all()):
             parts = context.skeleton.parts(f"{context.block_plan.path}.{name}", value)
-            disk = next(disk for disk, part in parts.items() if not bool(torch.isfinite(part).all()))
+            wrong = (disk for disk, part in parts.items() if not bool(torch.isfinite(part).all()))
+            disk = next(wrong, f"{context.block_plan.path}.{name}")  # shared, on disk under another block's name
             raise CheckpointError(
                 f"tensor {disk} holds NaN or inf, so the checkpoint is damaged: fetch or convert it again; "
                 "nothing was kept of this run"
@@ -115,7 +116,7 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
     for part, hidden, call, mask in probe_rows.batches(context.index):
         outputs.clear()
         with torch.enable_grad(), LinearWatch(watched, after=after):
-            result = run_block(context.block, hidden.clone().requires_grad_(True), call)
+            result, beside = hand_on(context.block, hidden.clone().requires_grad_(True), call)
             noise = torch.randn(result.shape, generator=generator).to(result.device)
             real = ... if mask is None else mask
             (result * noise)[real].sum().backward()
@@ -123,7 +124,7 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
             felt = outputs[view.weight].grad if view.weight in outputs else None
             if felt is not None:
                 squares[view.name] += felt.square().reshape(-1, view.shape[0]).mean(dim=0)
-        probe_rows.write(part, result.detach())
+        probe_rows.write(part, result.detach(), beside)
     unfelt = {view.name for view in views if not bool(squares[view.name].any())}
     usual = usual_of_experts([view for view in views if view.name not in unfelt], squares)
     for view in views:
@@ -146,13 +147,13 @@ def observe(
     experts = {entry.first for entry in structure.inputs if entry.expert is not None}
     in_turn = experts if context.recipe.all_experts else set()
     for part, hidden, call, mask in rows.batches(context.index):
-        run, weight = partial(run_block, context.block, hidden, call), _weights_of(token_weight, part, hidden)
+        run, weight = partial(hand_on, context.block, hidden, call), _weights_of(token_weight, part, hidden)
         output = observer.see(run, part, mask, weight, leave_out=in_turn)
         if in_turn:
             others = {entry.first for entry in structure.inputs} - in_turn
             see = partial(observer.see, run, part, mask, weight, leave_out=others)
             run_with_all_experts(see, structure.experts)
-        rows.write(part, output)
+        rows.write(part, *output)
     return with_few_tokens_shrunk(structure, {first: finished(seen) for first, seen in observer.found.items()})
 
 
@@ -168,14 +169,14 @@ class _Observer:
 
     def see(
         self,
-        run: Callable[[], Tensor],
+        run: Callable[[], Handed],
         part: slice,
         mask: Tensor | None,
         weight: Tensor | None,
         *,
         leave_out: Collection[str],
-    ) -> Tensor:
-        """Add what the linears read in one run of the block on some rows, and return its output."""
+    ) -> Handed:
+        """Add what the linears read in one run of the block on some rows, and return what it gives."""
         picked, met = PickedRows(), MetTokens()
 
         def before(name: str, inputs: Tensor) -> None:

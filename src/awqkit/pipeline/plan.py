@@ -14,14 +14,16 @@ from torch import Tensor
 
 from awqkit.errors import FormatError, ModelError, UsageError
 from awqkit.methods.plan import LinearPlan
-from awqkit.model.block_calls import BlockCall, run_block
+from awqkit.model.block_calls import BlockCall, Carried, Handed, hand_on
 from awqkit.model.causality import sees_later_tokens
 from awqkit.model.folds import discover
+from awqkit.model.shared_weights import why_shared_stays, without_shared_folds
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure, LinearView
 from awqkit.recipe import DEFAULT_GROUP_SIZES, PER_CHANNEL, Recipe
 
 _CHOOSES = "weighs or chooses experts, as many outputs as there are of them: stays in full precision"
+WhyShadowed = Callable[[str, Sequence[str]], "str | None"]
 PROBE_TOKENS = 16
 PROBE_ROWS = 2  # for a proof the second row is the calibration's own hidden states
 
@@ -43,9 +45,9 @@ class Probe:
     hidden: Tensor
     calls: tuple[BlockCall, ...]
 
-    def runner(self, block: torch.nn.Module, index: int) -> Callable[[], Tensor]:
+    def runner(self, block: torch.nn.Module, index: int) -> Callable[[], Handed]:
         """A function that runs `block` on the probe."""
-        return lambda: run_block(block, self.hidden, self.calls[index])
+        return lambda: hand_on(block, self.hidden, self.calls[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,34 @@ class RunPlan:
 
 
 def make_probe(skeleton: Skeleton, device: torch.device) -> Probe:
-    """A probe of two rows of 16 tokens: the first ids of the vocabulary fix the arguments, the states are N(0, 1)."""
+    """A probe of two rows of 16 tokens: the first ids of the vocabulary fix the arguments, the states are N(0, 1).
+
+    What a block gets from the one before is what that one, run on the probe, hands on.
+    """
     ids = torch.arange(PROBE_TOKENS).remainder(skeleton.vocabulary_size).expand(PROBE_ROWS, PROBE_TOKENS)
     (started,) = skeleton.start([(ids, None)], device)
     noise = torch.randn(started.hidden.shape, generator=torch.Generator().manual_seed(0))
-    return Probe(noise.to(device), started.calls)
+    return Probe(noise.to(device), _with_what_is_handed_on(skeleton, noise.to(device), started.calls))
+
+
+def _with_what_is_handed_on(skeleton: Skeleton, hidden: Tensor, calls: tuple[BlockCall, ...]) -> tuple[BlockCall, ...]:
+    """The calls with what their block gets from the one before; a block alike gets what the first of its kind gets."""
+    if not any(call.wanted for call in calls):
+        return calls
+    kinds = [(skeleton.block_kind(index), call.asks) for index, call in enumerate(calls)]
+    last = max(kinds.index(kind) for kind in kinds)
+    found: dict[Any, tuple[Carried, ...]] = {kinds[0]: ()}
+    beside: tuple[Carried, ...] = ()
+    for index, call in enumerate(calls[: last + 1]):
+        found.setdefault(kinds[index], beside)
+        if index < last:
+            block = skeleton.load_block(index, hidden.device)
+            try:
+                with torch.no_grad():
+                    beside = hand_on(block, hidden, call.given(beside)).beside
+            finally:
+                skeleton.release_block(index)
+    return tuple(call.given(found[kind]) for kind, call in zip(kinds, calls, strict=True))
 
 
 def discover_blocks(
@@ -103,7 +128,7 @@ def discover_block(
         raise ModelError(
             f"{skeleton.block_path(index)}: nothing to quantize, no weight of this block is used as a linear"
         )
-    return found
+    return without_shared_folds(found, skeleton.shared_by(index))
 
 
 def plan_run(
@@ -113,10 +138,11 @@ def plan_run(
     device: torch.device,
     why_not_held: Callable[[int, int, int], str | None],
     fused_partners: Callable[[Sequence[str]], Sequence[Sequence[str]]],
+    why_shadowed: WhyShadowed = lambda linear, outside: None,
 ) -> RunPlan:
     """The plan for every linear of the model, see `plan_linears`."""
     found = look_at(skeleton, device, look_for_folds=recipe.folds == "on")
-    return plan_linears(skeleton, found, recipe, stored_dtype, why_not_held, fused_partners)
+    return plan_linears(skeleton, found, recipe, stored_dtype, why_not_held, fused_partners, why_shadowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +166,13 @@ def plan_linears(
     stored_dtype: torch.dtype,
     why_not_held: Callable[[int, int, int], str | None],
     fused_partners: Callable[[Sequence[str]], Sequence[Sequence[str]]],
+    why_shadowed: WhyShadowed = lambda linear, outside: None,
 ) -> RunPlan:
     """The plan for every linear of the model by one recipe.
 
-    why_not_held(out, in, group_size), fused_partners(paths): what the format says. Raises UsageError where the group
-    size that was asked for does not divide an input, and where nothing is left to quantize.
+    why_not_held(out, in, group_size), fused_partners(paths), why_shadowed(path, paths outside of the blocks): what the
+    format says. Raises UsageError where the group size that was asked for does not divide an input, and where nothing
+    is left to quantize.
     """
     structures = found.structures
     views = [(skeleton.block_path(i), view) for i, structure in enumerate(structures) for view in structure.linears]
@@ -152,6 +180,7 @@ def plan_linears(
     wanted = {name: shape for name, shape in shapes.items() if not recipe.ignores(name)}
     group_size = choose_group_size(recipe.group_size, wanted)
     reasons = {name: "matches --ignore" for name in shapes if name not in wanted}
+    outside = skeleton.linears_outside_blocks()
     held_by: dict[str, str] = {}  # path on disk -> the linear
     for index, structure in enumerate(structures):
         path = skeleton.block_path(index)
@@ -159,12 +188,16 @@ def plan_linears(
             name = f"{path}.{view.name}"
             if view.expert is None and (view.shape[0] == 1 or view.shape[0] in structure.experts):
                 reasons.setdefault(name, _CHOOSES)
+            shared = why_shared_stays(view, skeleton.shared_by(index))
+            if shared is not None:
+                reasons.setdefault(name, shared)
             parts = skeleton.matrix_parts(f"{path}.{view.weight}", transposed=view.transposed)
             reason = _why_not_on_disk(view, parts)
             for disk, rows in (parts or {}).items():
                 held_by[disk.removesuffix(".weight")] = name
                 num_rows = len(range(*rows.indices(view.shape[0])))
                 reason = reason or why_not_held(num_rows, view.shape[1], group_size)
+                reason = reason or why_shadowed(disk.removesuffix(".weight"), outside)
             if reason is not None:
                 reasons.setdefault(name, reason)
             held_by.setdefault(name, name)

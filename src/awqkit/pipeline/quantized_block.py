@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from awqkit.methods.linear import QuantizedLinear
-from awqkit.model.block_calls import run_block
+from awqkit.model.block_calls import hand_on
 from awqkit.model.observe import LinearWatch
 from awqkit.numerics.activations import round_tokens
 from awqkit.pipeline.activations import HiddenStates
@@ -43,4 +43,4 @@ def advance(context: BlockContext, rows: HiddenStates, quantized: Mapping[str, Q
     """Move rows on to the output of the block with these linears quantized."""
     with torch.no_grad(), weights_replaced(context, quantized):
         for part, hidden, call, _ in rows.batches(context.index):
-            rows.write(part, run_block(context.block, hidden, call))
+            rows.write(part, *hand_on(context.block, hidden, call))

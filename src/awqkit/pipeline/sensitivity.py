@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from awqkit.model.block_calls import run_block
+from awqkit.model.block_calls import hand_on
 from awqkit.model.observe import LinearWatch
 from awqkit.numerics.statistics import accumulate_gram_, empty_gram, mirrored, second_moment
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
+from awqkit.pipeline.end_gradients import backward_from
 
 
-def measure_sensitivity(context: BlockContext, rows: HiddenStates, end_gradient: Tensor) -> dict[str, Tensor]:
+def measure_sensitivity(
+    context: BlockContext,
+    rows: HiddenStates,
+    end_gradient: Tensor,
+    beside: Callable[[slice], Sequence[Tensor]] = lambda part: (),
+) -> dict[str, Tensor]:
     """For every linear G = E[g gᵀ], `[out, out]` float32; the identity where nothing is felt of it. The rows stay.
 
-    end_gradient: `[rows, tokens, width]`, of the end loss at the block's output.
+    end_gradient: `[rows, tokens, width]`, of the end loss at the block's output. beside(part): of the float tensors
+    that the block hands on beside that, for some rows.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -30,8 +39,8 @@ def measure_sensitivity(context: BlockContext, rows: HiddenStates, end_gradient:
     for part, hidden, call, mask in rows.batches(context.index):
         outputs.clear()
         with torch.enable_grad(), LinearWatch(watched, after=after):
-            result = run_block(context.block, hidden.clone().requires_grad_(True), call)
-        result.backward(end_gradient[part].to(result.device, result.dtype))
+            handed = hand_on(context.block, hidden.clone().requires_grad_(True), call)
+        backward_from(handed, end_gradient[part].to(hidden.device, hidden.dtype), beside(part))
         for view in views:
             if view.weight in outputs and outputs[view.weight].grad is not None:
                 found[view.name] = accumulate_gram_(found[view.name], outputs[view.weight].grad, mask)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from awqkit.methods.linear import QuantizedLinear
-from awqkit.model.block_calls import BlockCall, run_block
+from awqkit.model.block_calls import BlockCall, Handed, hand_on
 from awqkit.model.stopping_run import Finished, Stop, Stopped, StoppingRun
 from awqkit.model.structure import LinearInput
 from awqkit.pipeline.activations import HiddenStates
@@ -48,7 +48,7 @@ class StoppedRows:
     def finish(self, quantized: Mapping[str, QuantizedLinear]) -> None:
         """Move the rows on to the output of the block with these linears quantized."""
         for part, reached, _ in self._go_on(None, quantized, again=False):
-            self._rows.write(part, reached.value)
+            self._rows.write(part, *reached.value)
 
     def close(self) -> None:
         """Let go of what is stopped."""
@@ -73,13 +73,13 @@ class StoppedRows:
             yield part, reached, mask
 
     def _run(self, hidden: Tensor, call: BlockCall) -> StoppingRun:
-        def body(stop: Stop) -> Tensor:
+        def body(stop: Stop) -> Handed:
             def before(name: str, inputs: Tensor) -> None:
                 if name == self._until:
                     stop(inputs)
 
             with weights_replaced(self._context, self._quantized, before):
-                return run_block(self._context.block, hidden, call)
+                return hand_on(self._context.block, hidden, call)
 
         return StoppingRun(body)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from awqkit.methods.tuning import TunableGain, TunableLinear
-from awqkit.model.block_calls import BlockCall
+from awqkit.model.block_calls import BlockCall, Handed, hand_on
 from awqkit.model.matrices import matrix_of, stack_and_index
 from awqkit.model.observe import LinearWatch
 from awqkit.model.structure import LinearView
@@ -31,13 +32,13 @@ class TunableBlock:
     gains: Mapping[str, TunableGain]
     fixed: Mapping[str, Tensor]
 
-    def __call__(self, hidden: Tensor, call: BlockCall, *, recompute: bool = False) -> Tensor:
-        """The block's output, differentiable in `hidden`, scales and gains; recompute: nothing kept for that."""
+    def __call__(self, hidden: Tensor, call: BlockCall, *, recompute: bool = False) -> Handed:
+        """What the block gives, differentiable in `hidden`, scales and gains; recompute: nothing kept for that."""
         if recompute:
             return checkpoint(self._run, hidden, call, use_reentrant=False)
         return self._run(hidden, call)
 
-    def _run(self, hidden: Tensor, call: BlockCall) -> Tensor:
+    def _run(self, hidden: Tensor, call: BlockCall) -> Handed:
         weights = _stacked({name: linear.weight() for name, linear in self.linears.items()}, self.fixed)
         tensors = {**self.fixed, **weights, **{name: gain.vector() for name, gain in self.gains.items()}}
         watched = {
@@ -50,9 +51,11 @@ class TunableBlock:
             bias = self.views[name].bias
             return self.linears[name].scaled(outputs, None if bias is None else tensors[bias])
 
+        def module(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.module, tensors, args, kwargs)
+
         with LinearWatch(watched, after=scaled):
-            outputs = functional_call(self.module, tensors, (hidden, *call.args), dict(call.kwargs))
-        return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+            return hand_on(module, hidden, call)
 
     def hold_weights(self) -> None:
         """Make weights that no step changes once for all steps, where there is room for those of all blocks."""

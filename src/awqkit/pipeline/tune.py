@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from awqkit.model.block_calls import Carried
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.divergence import kl_gradient, token_kl
 from awqkit.pipeline.activations import HiddenStates, TokenRows
@@ -173,6 +174,7 @@ def _through(
     blocks: Sequence[TunableBlock], rows: TuningRows, position: int, recompute: bool
 ) -> tuple[slice, Tensor, Tensor | None]:
     part, hidden, calls, mask = rows.first.batch(position)
+    beside: tuple[Carried, ...] = ()
     for block, call in zip(blocks, calls, strict=True):
-        hidden = block(hidden, call, recompute=recompute)
+        hidden, beside = block(hidden, call.given(beside), recompute=recompute)
     return part, hidden, mask
