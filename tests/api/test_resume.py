@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import save_tiny, tiny_model, token_rows
+from tiny_models import HANDING_ON, save_tiny, tiny_model, token_rows
 
 import awqkit.pipeline.run as pipeline_run
 from awqkit import Recipe, RunOptions, quantize
@@ -99,6 +99,19 @@ def test_a_stopped_run_goes_on_and_writes_the_same_bytes(
     assert not any(isinstance(each, Caution) and "goes on elsewhere" in each.text for each in events)
     assert _contents(out) == _contents(tmp_path / "whole")
     assert not _kept(out).exists()
+
+
+@pytest.mark.parametrize("family", HANDING_ON)
+def test_what_blocks_hand_on_is_durable_too(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tiny_model(family), tmp_path / "source")
+    recipe, out = Recipe.preset("balanced", **CHOICES, generated=0), tmp_path / "out"
+    _run(tmp_path / "source", tmp_path / "whole", recipe)
+    with monkeypatch.context() as patch:
+        _stop_before(2, patch)
+        with pytest.raises(_Stopped):
+            _run(tmp_path / "source", out, recipe)
+    _run(tmp_path / "source", out, recipe)
+    assert _contents(out) == _contents(tmp_path / "whole")
 
 
 def test_a_run_that_stops_while_it_writes_what_was_tuned_goes_on(

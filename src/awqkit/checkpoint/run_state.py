@@ -100,8 +100,15 @@ class RunState:
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors as file `name` of the state; durable with the next `record`, which must name it."""
+        apart: dict[str, Tensor] = {}
+        seen = set()
+        for key, value in tensors.items():
+            there = value.detach().cpu().contiguous()
+            storage = there.untyped_storage().data_ptr()
+            apart[key] = there.clone() if storage in seen else there  # the format knows no shared memory
+            seen.add(storage)
         with disk_errors(self._out):
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, self._files / name)
+            save_file(apart, self._files / name)
 
     def load(self, name: str) -> dict[str, Tensor]:
         """The tensors of file `name` of the state. Raises OutputError where it cannot be read."""

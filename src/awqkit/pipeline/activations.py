@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from awqkit.model.block_calls import BlockCall, Carried, mapped
 from awqkit.model.skeleton import Skeleton
+from awqkit.pipeline.saved_states import put_together, taken_apart
 
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
 _DEVICE_SHARE = 0.3  # of the free device memory that hidden states may take before they live on the host
@@ -113,14 +115,17 @@ class HiddenStates:
             call = self._calls[part.start][block].given(self.beside(part))
             yield part, self._states[part].to(self._device), self._call(call), mask
 
-    @property
-    def values(self) -> Tensor:
-        """All of them, wherever they are kept."""
-        return self._states
+    def to_save(self) -> tuple[dict[str, Tensor], Any]:
+        """All of it as named tensors, and a JSON value that says what those are which go with the hidden states."""
+        tensors = {"hidden": self._states}
+        return tensors, [[start, taken_apart(beside, tensors)] for start, beside in self._beside.items()]
 
-    def restore(self, values: Tensor) -> None:
-        """Be where `values`, of the same shape, say."""
-        self._states.copy_(values)
+    def restore(self, tensors: Mapping[str, Tensor], form: Any) -> None:
+        """Be where `to_save` was called."""
+        self._states.copy_(tensors["hidden"])
+        own = self._states.device
+        together = {start: put_together(beside, tensors) for start, beside in form}
+        self._beside = {start: mapped(beside, lambda tensor: tensor.to(own)) for start, beside in together.items()}
 
     @property
     def device(self) -> torch.device:

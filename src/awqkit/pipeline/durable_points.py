@@ -49,9 +49,11 @@ class DurablePoints:
 
     def restore(self, streams: Streams) -> None:
         """Put the streams where the earlier run's were."""
-        tensors = self._state.load(self._state.journal["states"])
+        tensors, forms = self._state.load(self._state.journal["states"]), self._state.journal["forms"]
         for name, states in _named(streams).items():
-            states.restore(tensors[name])
+            start = f"{name}: "
+            own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            states.restore(own, forms[name])
 
     def keep_result(self, index: int, result: BlockResult) -> None:
         """Write what tuning starts from: a block as it was quantized."""
@@ -92,10 +94,13 @@ class DurablePoints:
         began = time.monotonic()
         if began - self._since < self._due_after or len(decisions) == num_blocks:
             return
-        states, done = None, len(decisions)
+        states, forms, done = None, {}, len(decisions)
         if streams is not None:
-            states = f"states-{done:05d}.safetensors"
-            self._state.save(states, {name: found.values for name, found in _named(streams).items()})
+            states, tensors = f"states-{done:05d}.safetensors", {}
+            for name, found in _named(streams).items():
+                own, forms[name] = found.to_save()
+                tensors |= {f"{name}: {key}": value for key, value in own.items()}
+            self._state.save(states, tensors)
         self._state.record(
             blocks=done,
             told=f"{done} of {num_blocks} blocks are done",
@@ -103,6 +108,7 @@ class DurablePoints:
             written=self._writer.checksums(),
             seconds=dict(seconds),
             states=states,
+            forms=forms,
             files=[*self._state.lasting, *self._results[:done], *filter(None, [states])],
         )
         self._since = time.monotonic()
