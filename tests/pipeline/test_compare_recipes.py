@@ -74,12 +74,13 @@ def _alone(model: Any, recipe: Recipe) -> Tensor:
     return current(states)
 
 
-def test_the_original_stream_is_the_models_own_forward() -> None:
-    model = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma4"])
+def test_the_original_stream_is_the_models_own_forward(family: str) -> None:
+    model = tiny_model(family)
     outputs: list[Tensor] = []
     model.model.layers[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.no_grad():
-        model(MEASURED)
+        model(MEASURED, use_cache=False)
     found = _compare(model, {"rtn": RECIPES["rtn"]})
     torch.testing.assert_close(current(found.original), outputs[0], rtol=1e-4, atol=1e-4)
 
