@@ -289,7 +289,25 @@ def test_what_reaches_a_block_after_the_next_is_refused(monkeypatch: pytest.Monk
         return hidden
 
     skeleton, _ = toy_skeleton(monkeypatch, [Pair(torch.ones(2)) for _ in range(3)], forward)
-    with pytest.raises(ModelError, match=r"block 2 gets what blocks before it gave, but not .* straight from block 1"):
+    with pytest.raises(ModelError, match="block 2 gets what blocks before it gave in a way that cannot be followed"):
+        list(skeleton.start([(IDS, None)], CPU))
+
+
+@pytest.mark.parametrize(
+    "kept", [lambda hidden: hidden, lambda hidden: hidden.mean(dim=-1), lambda hidden: {"given": (hidden + 1.0,)}]
+)
+def test_hidden_states_that_go_on_to_later_blocks_on_ways_of_their_own_are_refused(
+    monkeypatch: pytest.MonkeyPatch, kept: Any
+) -> None:
+    def forward(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        given = []
+        for block in model.blocks:
+            (hidden,) = block(hidden, state=tuple(given))
+            given.append(kept(hidden))
+        return hidden
+
+    skeleton, _ = toy_skeleton(monkeypatch, [Pair() for _ in range(3)], forward)
+    with pytest.raises(ModelError, match="block 1 gets what blocks before it gave in a way that cannot be followed"):
         list(skeleton.start([(IDS, None)], CPU))
 
 

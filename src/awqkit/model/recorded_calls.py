@@ -2,7 +2,8 @@
 
 Recorders stand in the blocks' places. Each hands on a copy of what it got, and the next must get that copy: then, and
 only then, may the blocks be run one by one on each other's outputs. What a block gives beside its hidden states is
-handed on as a marker; where the next block gets it, so it will when the blocks are run.
+handed on as a marker; where the next block gets it, so it will when the blocks are run. The first time they hand on
+something else as well: other arguments than these must not come of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
-from awqkit.model.block_calls import BlockCall, BlockInputs, Wanted, rows_first
+from awqkit.model.block_calls import BlockCall, BlockInputs, Wanted, leaves, rows_first
 from awqkit.model.named_blocks import NamedBlocks
 
 
@@ -59,6 +60,12 @@ class Manner:
 _FAILURES = (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 
 
+_ASTRAY = (
+    "{where}: block {block} gets what blocks before it gave in a way that cannot be followed, not only the hidden "
+    "states or what else block {before} gives: cannot stream it"
+)
+
+
 class _NotHandedOn(ModelError):
     """What a block gives goes where it cannot follow: no other answer would be the model's own."""
 
@@ -72,23 +79,45 @@ def record_calls(
     blocks are called more than once, not in order, on something else than what the one before gives, or not the ones as
     before.
     """
+    record, where = partial(_recorded, decoder, blocks, ids, mask), blocks.where
+    again, others = [], None
+    if manner is not None:
+        inputs = record(manner.answer, manner.ahead, again)
+    else:
+        inputs, manner = _found_by_trying(record)
+        others = record(manner.answer, manner.ahead, again, lambda hidden: 0.5 - hidden)
+    if tuple(again) != manner.visited:
+        raise ModelError(f"the model does not visit the same blocks of {where} each time: cannot stream it")
+    if others is not None:
+        _refuse_unlike(inputs.calls, others.calls, manner.visited, where)
+    return inputs, manner
+
+
+def _found_by_trying(record: Callable[..., BlockInputs]) -> tuple[BlockInputs, Manner]:
+    """The calls by the plainest answer that the model takes; raises what stopped the one that got furthest."""
     furthest, told = -1, None
-    for each in _ANSWERS if manner is None else (manner.answer,):
+    for answer in _ANSWERS:
         visited: list[int] = []
         try:
-            inputs = _recorded(decoder, blocks, ids, mask, each, None if manner is None else manner.ahead, visited)
+            inputs = record(answer, None, visited)
         except _NotHandedOn:
             raise
         except ModelError as error:
             if len(visited) > furthest:
                 furthest, told = len(visited), error
             continue
-        found = Manner(each, inputs.calls[0].ahead, tuple(visited))
-        if manner is not None and found != manner:
-            raise ModelError(f"the model does not visit the same blocks of {blocks.where} each time: cannot stream it")
-        return inputs, found
+        return inputs, Manner(answer, inputs.calls[0].ahead, tuple(visited))
     assert told is not None
     raise told
+
+
+def _refuse_unlike(calls: Sequence[BlockCall], others: Sequence[BlockCall], visited: Sequence[int], where: str) -> None:
+    """Raises ModelError where blocks get other arguments when the ones before give other hidden states."""
+    for position, (call, other) in enumerate(zip(calls[1:], others[1:], strict=True), start=1):
+        found, expected = (leaves([each.args, dict(each.kwargs)]) for each in (call, other))
+        if len(found) != len(expected) or not all(map(_same, found, expected)):
+            before = visited[position - 1]
+            raise _NotHandedOn(_ASTRAY.format(where=where, block=visited[position], before=before))
 
 
 def _recorded(
@@ -99,8 +128,12 @@ def _recorded(
     answer: Answer,
     ahead: int | None,
     visited: list[int],
+    give: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> BlockInputs:
-    """The calls when blocks give such an answer; the numbers of those called are added to `visited`."""
+    """The calls when blocks give such an answer; the numbers of those called are added to `visited`.
+
+    give: what a block makes of the hidden states that it gets.
+    """
     where = blocks.where
     hidden: list[Tensor] = []
     calls: list[BlockCall] = []
@@ -121,7 +154,7 @@ def _recorded(
                 )
             calls.append(BlockCall(rest, kwargs, _wanted(rest, kwargs, index, before, where)))
             visited.append(index)
-            handed[:] = [inputs.clone()]
+            handed[:] = [give(inputs)]
             return answer(handed[0], index)
 
         return forward
@@ -186,10 +219,7 @@ def _wanted(
         if isinstance(value, Beside) and value.block == before:
             found.append(Wanted(place, value.position))
         elif _holds_marker(value):
-            raise _NotHandedOn(
-                f"{where}: block {index} gets what blocks before it gave, but not the hidden states alone nor straight "
-                f"from block {before}: cannot stream it"
-            )
+            raise _NotHandedOn(_ASTRAY.format(where=where, block=index, before=before))
     return tuple(found)
 
 

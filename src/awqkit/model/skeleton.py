@@ -199,15 +199,16 @@ class Skeleton:
         Weights outside the blocks exist while this generator runs. Raises ModelError where the model cannot be run
         or does not visit its blocks once and in order.
         """
-        if self._manner is None and len(self._runnable.lists) > 1:
-            self._choose_list(device)
+        self._choose_list(device)
         with self._weights_of(self._decoder, self._without_weights, device):
             for ids, mask in batches:
                 yield self._record(ids.to(device), None if mask is None else mask.to(device))
 
     def _choose_list(self, device: torch.device) -> None:
-        """Take the largest list of those that the model visits with token ids alone, where it can be asked."""
+        """Take the largest list of those that the model visits with token ids alone, where it can be asked; once."""
         lists = self._runnable.lists
+        if self._manner is not None or len(lists) == 1:
+            return
         without = {id(part) for blocks in lists for block in blocks for part in block.modules()}
         ids = torch.arange(_TOKENS_TO_ASK, device=device).expand(2, _TOKENS_TO_ASK)
         with self._weights_of(self._decoder, without, device):
@@ -246,6 +247,7 @@ class Skeleton:
             with blocks_replaced(self._blocks, lambda index: lambda *args, **kwargs: answer(given, index)):
                 return self._runnable.logits(ids, mask)
 
+        self._choose_list(device)
         with self._weights_of(self._model, self._without_weights, device):
             yield logits
 

@@ -89,7 +89,10 @@ def _refused(fold: Fold, error: float | None, reason: str) -> FoldDecision:
 
 
 def _with_real_states(context: BlockContext, rows: HiddenStates) -> Probe:
-    """The probe with the first tokens of the first row in place of its last row, repeated where that row is shorter."""
+    """The probe with the first tokens of the first row in place of its last row, repeated where that row is shorter.
+
+    What the block before hands on beside hidden states stays the probe's.
+    """
     probe = context.plan.probe
     _, hidden, _, _ = next(iter(rows.batches(context.index)))
     position = torch.arange(probe.hidden.shape[1], device=hidden.device) % hidden.shape[1]
