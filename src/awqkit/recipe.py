@@ -247,7 +247,7 @@ class Recipe:
     @property
     def own_text(self) -> tuple[float, float]:
         """How much text of the model's own is learned from, and what it counts."""
-        return self.generated, self.generated_weight
+        return self.generated, self.generated_weight if self.generated else 1.0
 
     @property
     def propagates(self) -> bool:

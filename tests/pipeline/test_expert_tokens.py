@@ -132,7 +132,9 @@ def test_every_preset_quantizes_experts_better_than_plain_rounding(preset: str, 
         experts = [linear for linear in block.linears if "experts" in linear.name]
         assert len(experts) == 2 * EXPERTS
         assert all(linear.tokens > 0 for linear in experts)
-        assert all(linear.propagation == 0 for linear in experts)
+        corrected = {linear.name for linear in experts if linear.propagation}
+        first = {linear.name for linear in experts if not linear.name.endswith("down_proj")}
+        assert corrected == (first if recipe.propagates else set())
         assert sum(linear.output_error for linear in experts) < sum(linear.output_error_nearest for linear in experts)
         assert block.held_out_error < block.held_out_error_nearest
     assert "calibration tokens per expert" in str(done.report)
