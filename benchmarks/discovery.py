@@ -14,7 +14,8 @@ import torch
 from bench import environment, save
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
-from awqkit.model.folds import discover, proof_errors, proved_together
+from awqkit.model.folds import discover
+from awqkit.model.proof import proof_errors, proved_together
 from awqkit.model.random_weights import RandomWeights
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.plan import make_probe

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from awqkit.checkpoint.reader import Checkpoint
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
-from awqkit.model.folds import PROOF_TOLERANCE, prove
+from awqkit.model.proof import PROOF_TOLERANCE, prove
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure, Fold
 from awqkit.model.transformers_bridge import load_config

@@ -11,7 +11,8 @@ import torch
 from tiny_models import FAMILIES, MLP_WIDTH, WIDTH, block_probes, tiny_model
 from torch import nn
 
-from awqkit.model.folds import PROOF_TOLERANCE, discover, prove
+from awqkit.model.folds import discover
+from awqkit.model.proof import PROOF_TOLERANCE, prove
 from awqkit.model.structure import BlockStructure, Fold
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

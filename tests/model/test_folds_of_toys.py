@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awqkit.model.folds import PROOF_TOLERANCE, discover, prove
+from awqkit.model.folds import discover
+from awqkit.model.proof import PROOF_TOLERANCE, prove
 from awqkit.model.structure import BlockStructure
 
 WIDTH, MLP, HEADS, KV_HEADS, HEAD = 16, 24, 4, 2, 4

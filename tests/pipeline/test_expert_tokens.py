@@ -17,7 +17,8 @@ from awqkit.api.load import load
 from awqkit.decisions import ENOUGH_TOKENS
 from awqkit.errors import CheckpointError
 from awqkit.model.block_calls import run_block
-from awqkit.model.folds import PROOF_TOLERANCE, discover, proof_errors, proved_together
+from awqkit.model.folds import discover
+from awqkit.model.proof import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.numerics.statistics import second_moment
 from awqkit.pipeline import search_block
 from awqkit.pipeline.context import BlockContext

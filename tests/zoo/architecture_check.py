@@ -19,8 +19,8 @@ from awqkit import Recipe, RunOptions, load, quantize
 from awqkit.errors import AwqkitError
 from awqkit.methods.fold import consumer_scale
 from awqkit.model.block_calls import hand_on
-from awqkit.model.folds import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.matrices import matrix_of
+from awqkit.model.proof import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
 from awqkit.numerics.grid import dequantize

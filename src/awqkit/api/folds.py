@@ -15,8 +15,8 @@ from awqkit.checkpoint.hub import resolve_model
 from awqkit.decisions import as_json
 from awqkit.errors import UsageError
 from awqkit.events import Emit, TaskAdvanced, TaskFinished, TaskStarted, ignore_events
-from awqkit.model.folds import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.plain_model import PlainModel
+from awqkit.model.proof import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.random_weights import RandomWeights
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure

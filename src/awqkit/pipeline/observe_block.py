@@ -11,8 +11,8 @@ from torch import Tensor
 from awqkit.decisions import FoldDecision
 from awqkit.errors import CheckpointError
 from awqkit.model.block_calls import Handed, hand_on
-from awqkit.model.folds import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.observe import LinearWatch
+from awqkit.model.proof import PROOF_TOLERANCE, proof_errors, proved_together
 from awqkit.model.routing import PickedRows, run_with_all_experts
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.statistics import (

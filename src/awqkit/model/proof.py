@@ -1,0 +1,85 @@
+"""Proving folds: random powers of two, written into the real parameters, leave an exact fold's block as it was.
+
+The output is then unchanged to the last bits, because a power of two commutes with every rounding on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from awqkit.model.block_look import RunBlock, every_expert, handed, relative_change
+from awqkit.model.matrices import matrix_of
+from awqkit.model.structure import BlockStructure, Fold
+
+PROOF_TOLERANCE = 1e-5  # largest change of the output under powers of two, relative to the block's own contribution
+
+
+def prove(
+    block: nn.Module, run: RunBlock, hidden: Tensor, structure: BlockStructure, folds: Sequence[Fold], seed: int = 0
+) -> float:
+    """The largest change of the block's output, relative to its contribution, under random powers of two.
+
+    The folds are exact where this is at most PROOF_TOLERANCE: all at once, each with factors of its own. With
+    experts a second run reaches them all. Parameters are restored exactly.
+    """
+    runs = [run, every_expert(run, structure.experts)] if structure.experts else [run]
+    plain = [handed(each()) for each in runs]
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {name: value.data for name, value in block.named_parameters()}
+    touched = {name for fold in folds for name in fold.producer}
+    touched |= {structure.linear(name).weight for fold in folds for name in fold.consumers}
+    saved = {name: matrix_of(parameters, name).clone() for name in touched}
+    try:
+        for fold in folds:
+            _scale_by_powers(parameters, structure, fold, generator)
+        changed = [handed(each()) for each in runs]
+    finally:
+        for name, value in saved.items():
+            matrix_of(parameters, name).copy_(value)
+    return max(relative_change(after, before, hidden) for after, before in zip(changed, plain, strict=True))
+
+
+def proved_together(structure: BlockStructure) -> list[tuple[Fold, ...]]:
+    """The folds of a structure in the groups that one proof serves: those of all experts' like parts are one."""
+    groups: dict[tuple[str, ...], list[Fold]] = {}
+    for fold in structure.folds:
+        expert = structure.linear(fold.producer_linear).expert if fold.producer_linear else None
+        key = (fold.label,) if expert is None else (expert.experts, expert.part)
+        groups.setdefault(key, []).append(fold)
+    return [tuple(group) for group in groups.values()]
+
+
+def proof_errors(
+    block: nn.Module, run: RunBlock, hidden: Tensor, structure: BlockStructure, folds: Sequence[Fold]
+) -> list[float]:
+    """`prove` for each fold: of all together where that is exact, else of one after the other."""
+    error = prove(block, run, hidden, structure, folds)
+    if error <= PROOF_TOLERANCE or len(folds) == 1:
+        return [error] * len(folds)
+    return [prove(block, run, hidden, structure, (fold,)) for fold in folds]
+
+
+def _scale_by_powers(
+    parameters: Mapping[str, Tensor], structure: BlockStructure, fold: Fold, generator: torch.Generator
+) -> None:
+    """Multiply a producer by random powers of two, and divide its consumers by them, in place."""
+    factor = torch.exp2(torch.randint(-2, 3, (fold.num_channels,), generator=generator).float()).to(fold.read.device)
+    factor = torch.where(fold.read, factor, torch.ones_like(factor))
+    rows = structure.linear(fold.producer_linear) if fold.producer_linear else None
+    for name in fold.producer:
+        value = matrix_of(parameters, name)
+        value = rows.oriented(value) if rows is not None and name == rows.weight else value
+        value.copy_(divided(value, 1.0 / factor, name == fold.offset))
+    for consumer in fold.consumers:
+        view, channel_of = structure.linear(consumer), fold.channel_of[consumer]
+        undo = torch.where(channel_of >= 0, 1.0 / factor[channel_of.clamp(min=0)], torch.ones_like(factor[:1]))
+        view.oriented(matrix_of(parameters, view.weight)).mul_(undo)
+
+
+def divided(value: Tensor, scale: Tensor, offset: bool) -> Tensor:
+    """A producer's parameter with its first dimension divided by `scale`; `offset` for the w of a norm by 1 + w."""
+    scale = scale.reshape(-1, *(1,) * (value.dim() - 1))
+    return (1.0 + value) / scale - 1.0 if offset else value / scale
