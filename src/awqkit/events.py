@@ -25,10 +25,11 @@ class Caution:
 
 @dataclass(frozen=True, slots=True)
 class TaskStarted:
-    """Long work begins; `total` counts steps, in the unit that `name` implies."""
+    """Long work begins; `total` counts steps, in the unit that `name` implies, `done` those of an earlier run."""
 
     name: str
     total: int
+    done: int = 0
 
 
 @dataclass(frozen=True, slots=True)

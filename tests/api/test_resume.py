@@ -164,7 +164,7 @@ def test_changed_inputs_and_options_are_named_and_restart_begins_anew(
     _stopped(source, out, monkeypatch)
     with pytest.raises(OutputError, match=r"seed was 0, is 1; .*--restart"):
         _run(source, out, Recipe.preset("fast", **CHOICES, seed=1))
-    with pytest.raises(OutputError, match="calibration text was"):
+    with pytest.raises(OutputError, match="calibration text has changed"):
         _run(source, out, RECIPES["fast"], rows=token_rows(18, 24, seed=5))
     weights = source / "model.safetensors"
     os.utime(weights, ns=(1, 1))

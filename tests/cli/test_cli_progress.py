@@ -134,3 +134,10 @@ def test_table_and_sizes():
         "3.20 MB",
         "5.68 GB",
     ]
+
+
+def test_time_left_counts_the_steps_of_this_run_alone():
+    pace = Pace(total=10, started=0.0, done=6.0, heard=0.0, begun_with=6.0)
+    assert pace.seconds_left(1.0) is None
+    pace.done, pace.heard = 7.0, 5.0
+    assert pace.seconds_left(5.0) == 15.0

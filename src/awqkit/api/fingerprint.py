@@ -12,6 +12,7 @@ import torch
 
 from awqkit.api.given_model import GivenModel
 from awqkit.checkpoint.reader import Checkpoint
+from awqkit.checkpoint.run_state import DIGEST
 from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.errors import CheckpointError
 from awqkit.pipeline.activations import TokenRows
@@ -79,4 +80,4 @@ def _digest(*parts: bytes) -> str:
     found = hashlib.sha256()
     for part in parts:
         found.update(part)
-    return found.hexdigest()[:16]
+    return f"{DIGEST}{found.hexdigest()[:16]}"

@@ -32,6 +32,7 @@ from awqkit.errors import FormatError, InputError, OutputError, UsageError
 _SCHEMA = 1
 _JOURNAL = "journal.json"
 _POINTLESS = (InputError, UsageError, FormatError)  # the same command would end in the same way
+DIGEST = "sha256:"  # begins a value that says nothing to people
 KEPT_ATTRIBUTE = "awqkit_kept"  # of an exception: what to tell of a run that can go on
 
 
@@ -214,6 +215,6 @@ def _difference(key: str, before: Any, now: Any) -> str:
         more = f" and {len(differs) - 3} more" if len(differs) > 3 else ""
         return ", ".join(_difference(name, before.get(name), now.get(name)) for name in differs[:3]) + more
     texts = [json.dumps(value, ensure_ascii=False) for value in (before, now)]
-    if max(map(len, texts)) > 40:
+    if DIGEST in texts[0] or max(map(len, texts)) > 40:
         return f"{key} has changed"
     return f"{key} was {texts[0]}, is {texts[1]}"

@@ -28,18 +28,21 @@ _FREE_COLUMNS = 4
 
 @dataclass(slots=True)
 class Pace:
-    """When a task began and how far it was when it was last heard of, on time.monotonic()."""
+    """When a task began and how far it was then and when it was last heard of, on time.monotonic()."""
 
     total: int
     started: float
     done: float = 0.0
     heard: float = 0.0
+    begun_with: float = 0.0
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds to the end at the pace so far; None before the first step."""
-        if self.done <= 0:
+        own = self.done - self.begun_with
+        if own <= 0:
             return None
-        return max(0.0, self.started + (self.heard - self.started) * self.total / self.done - now)
+        seconds = (self.heard - self.started) * (self.total - self.begun_with) / own
+        return max(0.0, self.started + seconds - now)
 
 
 def clock_text(seconds: float) -> str:
@@ -76,9 +79,9 @@ class PlainProgress:
 
     def _start(self, event: TaskStarted) -> None:
         now = self._now()
-        self._paces[event.name] = Pace(event.total, now, heard=now)
-        self._printed[event.name] = (now, 0.0)
-        self._write(f"{event.name} 0/{event.total}")
+        self._paces[event.name] = Pace(event.total, now, event.done, now, event.done)
+        self._printed[event.name] = (now, event.done / max(event.total, 1))
+        self._write(f"{event.name} {event.done}/{event.total}")
 
     def _advance(self, event: TaskAdvanced) -> None:
         pace = self._paces.get(event.name)
@@ -178,9 +181,10 @@ class TerminalProgress:
 
     def _start(self, event: TaskStarted) -> None:
         now = self._now()
-        task = self._progress.add_task(_step_text(event.name, 0, event.total), total=event.total, detail="")
+        text = _step_text(event.name, event.done, event.total)
+        task = self._progress.add_task(text, total=event.total, completed=event.done, detail="")
         self._tasks[event.name] = task
-        self._paces[task] = Pace(event.total, now, heard=now)
+        self._paces[task] = Pace(event.total, now, event.done, now, event.done)
         self._progress.update(self._idle, visible=False)
 
     def _advance(self, event: TaskAdvanced) -> None:

@@ -88,10 +88,11 @@ def run(
         else:
             emit(Caution(no_room))
             tuning = TuningDecision(0, None, None, no_room)
-    emit(TaskStarted(_TASK, num_blocks))
-    decisions, tunable = points.decisions, list[TunableBlock | None]()
     if points.blocks:
         emit(Notice(f"an earlier run was stopped: going on after block {points.blocks} of {num_blocks}"))
+    emit(TaskStarted(_TASK, num_blocks, points.blocks))
+    decisions, tunable = points.decisions, list[TunableBlock | None]()
+    if points.blocks:
         clock.enter("resume")
         if streams is not None:
             points.restore(streams)
