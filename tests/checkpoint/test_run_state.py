@@ -114,3 +114,15 @@ def test_a_journal_of_another_version_is_not_believed(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 0}))
     with pytest.raises(OutputError, match="is of another awqkit"):
         _open(tmp_path).__enter__()
+
+
+def test_where_a_file_system_knows_no_locks_a_run_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(run_state.FileLock, "acquire", unknown)
+    _stopped_with(tmp_path, "one.safetensors")
+    with _open(tmp_path) as state:
+        assert state.journal["blocks"] == 1

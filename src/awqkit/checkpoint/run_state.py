@@ -157,6 +157,8 @@ class RunState:
                         f"{self._out}: another run is writing there ({self._owner()}); wait for it, stop it, or give "
                         "another name"
                     ) from None
+                except NotImplementedError:  # a file system without locks: nothing tells two runs apart there
+                    break
                 if (self.folder / "lock").exists():
                     break
                 self._lock.release()  # a run that ended took the folder away in between
