@@ -21,6 +21,7 @@ from awqkit import Recipe, RunOptions, quantize
 from awqkit.checkpoint.run_state import KEPT_ATTRIBUTE
 from awqkit.errors import CheckpointError, OutputError
 from awqkit.events import Caution, Notice
+from awqkit.pipeline import tuning_stage
 
 BLOCKS = 4
 ROWS = token_rows(18, 24)
@@ -131,6 +132,22 @@ def test_a_run_that_stops_while_it_writes_what_was_tuned_goes_on(
         patch.setattr(pipeline_run, "_rewrite", half)
         with pytest.raises(_Stopped):
             _run(source, out, recipe)
+    _run(source, out, recipe)
+    assert _contents(out) == _contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("begins_with_room", [True, False])
+def test_whether_scales_are_tuned_is_settled_once(
+    begins_with_room: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def room(is_there: bool) -> None:
+        monkeypatch.setattr(tuning_stage, "free_bytes", lambda device: 1e12 if is_there else 1.0)
+
+    recipe, out = RECIPES["balanced"], tmp_path / "out"
+    room(begins_with_room)
+    _run(source, tmp_path / "whole", recipe)
+    _stopped(source, out, monkeypatch, "balanced")
+    room(not begins_with_room)
     _run(source, out, recipe)
     assert _contents(out) == _contents(tmp_path / "whole")
 

@@ -7,7 +7,7 @@ gives the same bytes: see docs/decisions/0023.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -46,6 +46,14 @@ class DurablePoints:
     def seconds(self) -> dict[str, float]:
         """By stage, what an earlier run took until then."""
         return dict(self._state.journal.get("seconds", {}))
+
+    def why_not_tuned(self, ask: Callable[[], str | None]) -> str | None:
+        """What an earlier run settled of tuning, whatever memory there is now; else what `ask` says, to be kept."""
+        if self.blocks:
+            return self._state.journal["untuned"]
+        untuned = ask()
+        self._state.note(untuned=untuned)
+        return untuned
 
     def restore(self, streams: Streams) -> None:
         """Put the streams where the earlier run's were."""

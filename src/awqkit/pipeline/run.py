@@ -82,7 +82,7 @@ def run(
     streams = None if rows is None else _streams(job, rows, held_out, emit)
     start, tuning = None, None
     if rows is not None and job.recipe.tuning_epochs > 0:
-        no_room = why_not_tuned(job.recipe, job.plan, job.device)
+        no_room = points.why_not_tuned(lambda: why_not_tuned(job.recipe, job.plan, job.device))
         if no_room is None:
             start = start_tuning(job.skeleton, job.recipe.tuning, rows, held_out, job.device)
         else:
