@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, WeightsOf, block_probes, tiny_model
 from torch import Tensor, nn
 
 from awqkit.errors import ModelError
-from awqkit.model.block_calls import hand_on, run_block
+from awqkit.model.block_calls import BlockInputs, hand_on, run_block
 from awqkit.model.disk_places import places_on_disk
 from awqkit.model.skeleton import Skeleton
 
@@ -31,6 +31,15 @@ class Renamed:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach()
+
+
+def assert_streams_to(logits: torch.Tensor, skeleton: Skeleton, started: BlockInputs) -> None:
+    """Its blocks one by one on each other's outputs, and then its head, give these logits."""
+    hidden = started.hidden
+    for index, call in enumerate(started.calls):
+        hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
+    with torch.no_grad(), skeleton.head(CPU) as head:
+        assert torch.allclose(head(IDS, hidden, None), logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,11 +172,7 @@ def test_blocks_that_give_tuples_are_followed_and_the_head_gets_what_it_expects(
 
     skeleton, whole = toy_skeleton(monkeypatch, [Pair(*beside), Pair(*beside)], forward)
     (started,) = skeleton.start([(IDS, None)], CPU)
-    hidden = started.hidden
-    for index, call in enumerate(started.calls):
-        hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
-    with torch.no_grad(), skeleton.head(CPU) as head:
-        assert torch.allclose(head(IDS, hidden, None), whole(IDS).logits)
+    assert_streams_to(whole(IDS).logits, skeleton, started)
 
 
 def test_a_block_that_text_does_not_reach_counts_as_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,11 +186,7 @@ def test_a_block_that_text_does_not_reach_counts_as_outside(monkeypatch: pytest.
     assert [skeleton.block_path(index) for index in range(skeleton.num_blocks)] == ["blocks.0", "blocks.2"]
     assert skeleton.uncalled_blocks == ["blocks.1"]
     assert skeleton.linears_outside_blocks() == ["blocks.1.linear"]
-    hidden = started.hidden
-    for index, call in enumerate(started.calls):
-        hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
-    with torch.no_grad(), skeleton.head(CPU) as head:
-        assert torch.allclose(head(IDS, hidden, None), whole(IDS).logits)
+    assert_streams_to(whole(IDS).logits, skeleton, started)
 
 
 def test_a_model_that_visits_other_blocks_for_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,11 +236,7 @@ def test_of_several_lists_the_largest_that_text_reaches_is_taken_and_the_idle_on
     assert list(recording) == []
     assert [skeleton.block_path(index) for index in range(skeleton.num_blocks)] == ["blocks.0", "blocks.1"]
     assert skeleton.linears_outside_blocks() == ["head", *(f"tower.{number}.linear" for number in range(3))]
-    hidden = started.hidden
-    for index, call in enumerate(started.calls):
-        hidden = run_block(skeleton.load_block(index, CPU), hidden, call)
-    with torch.no_grad(), skeleton.head(CPU) as head:
-        assert torch.allclose(head(IDS, hidden, None), whole(IDS).logits)
+    assert_streams_to(whole(IDS).logits, skeleton, started)
 
 
 def test_a_model_that_computes_between_its_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
