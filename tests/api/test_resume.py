@@ -210,6 +210,16 @@ def test_what_changed_on_the_disk_is_noticed(source: Path, tmp_path: Path, monke
         _run(source, out, RECIPES["fast"])
 
 
+def test_a_kept_run_without_its_checkpoint_is_told(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    _stopped(source, out, monkeypatch)
+    shutil.rmtree(_kept(out) / "checkpoint")
+    with pytest.raises(OutputError, match=r"of the stopped run that is kept, cannot be read .*--restart"):
+        _run(source, out, RECIPES["fast"])
+
+
 def test_two_runs_cannot_write_to_one_place(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     step = pipeline_run.quantize_block

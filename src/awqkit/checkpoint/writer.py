@@ -222,7 +222,10 @@ class CheckpointWriter:
                     stream.seek(offset)
                     found = zlib.crc32(stream.read(spec.num_bytes))
             except OSError as error:
-                raise OutputError(f"{self.folder / file_name}: cannot be read ({error.strerror or error})") from error
+                raise OutputError(
+                    f"{self.folder / file_name}: of the stopped run that is kept, cannot be read "
+                    f"({error.strerror or error}); --restart throws it away"
+                ) from error
             if found != checksum:
                 raise OutputError(
                     f"{self._out}: tensor {name} of the stopped run that is kept has changed on the disk; --restart "
