@@ -15,7 +15,7 @@ from awqkit.checkpoint.run_state import RunState
 from awqkit.checkpoint.writer import CheckpointWriter
 from awqkit.decisions import BlockDecision, as_json, block_decision_of
 from awqkit.numerics.grid import Grid, QuantizedWeight
-from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_step import BlockResult
 from awqkit.pipeline.context import Streams
 from awqkit.pipeline.plan import BlockPlan, RunPlan
@@ -30,6 +30,7 @@ class DurablePoints:
     def __init__(self, state: RunState, writer: CheckpointWriter, every: float) -> None:
         self._state, self._writer, self._every = state, writer, every
         self._since, self._due_after = time.monotonic(), every
+        self._batch_tokens = 0, 0
         self._results = [name for name in state.journal.get("files", ()) if name.startswith("block-")]
 
     @property
@@ -55,10 +56,26 @@ class DurablePoints:
         self._state.note(untuned=untuned)
         return untuned
 
+    def batch_tokens(self, ask: Callable[[], int]) -> tuple[int, int]:
+        """How many tokens a batch holds, by an earlier run or else by `ask`, and how often it was halved since."""
+        tokens, halved = self._state.journal.get("batch_tokens") or (ask(), 0)
+        self.note_batch_tokens(tokens, halved)
+        return tokens, halved
+
+    def note_halved(self) -> None:
+        """Batches have become half as large."""
+        tokens, halved = self._batch_tokens
+        self.note_batch_tokens(tokens, halved + 1)
+
+    def note_batch_tokens(self, tokens: int, halved: int) -> None:
+        """Keep what `batch_tokens` tells, with the next durable point: the last bits depend on it."""
+        self._batch_tokens = tokens, halved
+        self._state.note(batch_tokens=[tokens, halved])
+
     def restore(self, streams: Streams) -> None:
         """Put the streams where the earlier run's were."""
         tensors, forms = self._state.load(self._state.journal["states"]), self._state.journal["forms"]
-        for name, states in _named(streams).items():
+        for name, states in streams.named.items():
             start = f"{name}: "
             own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
             states.restore(own, forms[name])
@@ -105,7 +122,7 @@ class DurablePoints:
         states, forms, done = None, {}, len(decisions)
         if streams is not None:
             states, tensors = f"states-{done:05d}.safetensors", {}
-            for name, found in _named(streams).items():
+            for name, found in streams.named.items():
                 own, forms[name] = found.to_save()
                 tensors |= {f"{name}: {key}": value for key, value in own.items()}
             self._state.save(states, tensors)
@@ -126,18 +143,6 @@ class DurablePoints:
         """What is written of the blocks is about to change: their checksums say nothing from now on."""
         if self._state.journal:
             self._state.record(rewriting=True)
-
-
-def _named(streams: Streams) -> dict[str, HiddenStates]:
-    """All that moves from block to block."""
-    found = {"calibration": streams.calibration.original, "probe": streams.probe}
-    if streams.calibration.quantized is not None:
-        found["calibration quantized"] = streams.calibration.quantized
-    if streams.held_out is not None:
-        found["held out"] = streams.held_out.original
-        if streams.held_out.quantized is not None:
-            found["held out quantized"] = streams.held_out.quantized
-    return found
 
 
 def durable_bytes(recipe: Recipe, plan: RunPlan, rows: TokenRows | None, held_out: TokenRows | None) -> int:

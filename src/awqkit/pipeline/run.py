@@ -19,11 +19,14 @@ from awqkit.model.matrices import with_stacks_whole
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.block_memory import block_memory, fitting_tokens
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
 from awqkit.pipeline.context import BlockContext, Streams
 from awqkit.pipeline.durable_points import DurablePoints
+from awqkit.pipeline.free_memory import free_bytes
 from awqkit.pipeline.layout import OutputLayout, packed_parts
 from awqkit.pipeline.plan import BlockPlan, RunPlan
+from awqkit.pipeline.smaller_batches import begin_block, halve, no_room, run_again
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
 from awqkit.pipeline.tunable_block import TunableBlock
@@ -79,7 +82,7 @@ def run(
         if name not in in_blocks and not writer.has(name):
             _copy(job, name, writer, is_buffer=name in buffers)
     clock.enter("start")
-    streams = None if rows is None else _streams(job, rows, held_out, emit)
+    streams = None if rows is None else _streams(job, rows, held_out, points, emit)
     start, tuning = None, None
     if rows is not None and job.recipe.tuning_epochs > 0:
         no_room = points.why_not_tuned(lambda: why_not_tuned(job.recipe, job.plan, job.device))
@@ -107,7 +110,7 @@ def run(
             clock.enter(name)
             emit(TaskAdvanced(_TASK, index, name))
 
-        result, block = _one_block(job, index, streams, stage, writer, tunes=start is not None)
+        result, block = _one_block(job, index, streams, stage, writer, points, emit, tunes=start is not None)
         decisions.append(result.decision)
         tunable.append(block)
         clock.enter("save")
@@ -128,9 +131,14 @@ def run(
     return Outcome(tuple(decisions), tuning, {name: seconds for name, seconds in clock.seconds.items() if name})
 
 
-def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) -> Streams:
-    """Hidden states before the first block; for end-loss gradients the whole model runs forward and back before it."""
+def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, points: DurablePoints, emit: Emit) -> Streams:
+    """Hidden states before the first block; for end-loss gradients the whole model runs forward and back before it.
+
+    In batches that fit beside a block, or as an earlier run had them when it was stopped.
+    """
     steps, done = 2 * len(job.plan.blocks) - 1, 0  # there, and back to the second block
+    memory, length = block_memory(job.skeleton, job.plan, job.recipe), rows.ids.shape[1]
+    tokens, halved = points.batch_tokens(lambda: fitting_tokens(memory, job.device, free_bytes(job.device)))
 
     def step(index: int) -> None:
         nonlocal done
@@ -139,9 +147,25 @@ def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) 
 
     if job.recipe.sensitivity != "none":
         emit(TaskStarted(_GRADIENT_TASK, steps))
-    streams = start_streams(job.skeleton, job.recipe, rows, held_out, job.device, step)
+
+    def begin() -> Streams:
+        nonlocal done
+        done = 0
+        return start_streams(job.skeleton, job.recipe, rows, held_out, job.device, step, tokens_per_batch=tokens)
+
+    def smaller() -> int:
+        nonlocal tokens
+        if tokens <= length:
+            raise no_room("the model", memory, length, job.device)
+        tokens //= 2
+        points.note_batch_tokens(tokens, halved)
+        return max(tokens, length)
+
+    streams = run_again(begin, smaller, "hidden states before the first block", job.device, emit)
     if job.recipe.sensitivity != "none":
         emit(TaskFinished(_GRADIENT_TASK))
+    for _ in range(halved):
+        halve(streams, job.skeleton)
     return streams
 
 
@@ -161,13 +185,35 @@ def _context(job: Run, index: int, block: nn.Module) -> BlockContext:
 
 
 def _one_block(
-    job: Run, index: int, streams: Streams | None, stage: Stage, writer: CheckpointWriter, *, tunes: bool
+    job: Run,
+    index: int,
+    streams: Streams | None,
+    stage: Stage,
+    writer: CheckpointWriter,
+    points: DurablePoints,
+    emit: Emit,
+    *,
+    tunes: bool,
 ) -> tuple[BlockResult, TunableBlock | None]:
-    stage("read")
-    block = job.skeleton.load_block(index, job.device)
+    def quantized() -> tuple[BlockContext, BlockResult]:
+        stage("read")
+        if streams is not None:
+            begin_block(streams, job.device)
+        context = _context(job, index, job.skeleton.load_block(index, job.device))
+        return context, quantize_block(context, streams, stage)
+
+    def smaller() -> int | None:
+        job.skeleton.release_block(index)
+        if streams is None:
+            return None
+        memory, rows = block_memory(job.skeleton, job.plan, job.recipe), streams.calibration.original
+        if not halve(streams, job.skeleton):
+            raise no_room(job.plan.blocks[index].path, memory, rows.shape[1], job.device)
+        points.note_halved()
+        return rows.tokens_per_batch
+
     try:
-        context = _context(job, index, block)
-        result = quantize_block(context, streams, stage)
+        context, result = run_again(quantized, smaller, job.plan.blocks[index].path, job.device, emit)
         stage("write")
         _write(job, context, result, writer)
         return result, tunable_block(context, result) if tunes else None
