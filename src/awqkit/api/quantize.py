@@ -15,10 +15,10 @@ import torch
 
 from awqkit.api.calibration_rows import CalibrationRows, enough_to_check, given_rows, rows_text, text_rows
 from awqkit.api.device import choose_device
-from awqkit.api.fingerprint import changed_environment, environment, fingerprint
+from awqkit.api.fingerprint import changed_environment, environment, fingerprint, refuse_changed
 from awqkit.api.generated_rows import OwnText, own_text, with_generated
 from awqkit.api.given_model import GivenModel, find_given, given_name, open_given
-from awqkit.api.refuse import refuse_unknown_tokens
+from awqkit.api.refuse import refuse_full_scratch, refuse_small_memory, refuse_unknown_tokens
 from awqkit.api.refuse_plain import refuse_padded
 from awqkit.api.report_page import check_report_path, write_report
 from awqkit.checkpoint.output import refuse_output
@@ -36,7 +36,8 @@ from awqkit.model.plain_model import PlainModel
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import library_versions
 from awqkit.options import RunOptions
-from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, written_before
+from awqkit.pipeline.block_memory import block_memory, block_weights
+from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, scratch_bytes, written_before
 from awqkit.pipeline.layout import OutputLayout, plan_output
 from awqkit.pipeline.plan import BlockPlan, RunPlan, plan_run
 from awqkit.pipeline.run import Run, run
@@ -91,7 +92,11 @@ def quantize(
     if rows is not None:
         emit(Notice(rows_text(rows.summary)))
     stored_dtype = stored_dtype_of(source, recipe)
+    refuse_small_memory(block_weights(skeleton), "its weights in float32", device)  # which a look at it takes
     plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, *_reader_rules(written, is_plain))
+    if rows is not None:
+        least = block_memory(skeleton, plan, recipe).least(rows.calibration.ids.shape[1])
+        refuse_small_memory(least, "weights and statistics in float32, one calibration row", device)
     if recipe.group_size is None and plan.group_size != 128:
         emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
     scheme = Scheme.of(recipe, plan.group_size)
@@ -122,6 +127,8 @@ def quantize(
             spare_bytes=durable_bytes(recipe, plan, *text),
         ) as writer,
     ):
+        if device.type == "cpu":
+            refuse_full_scratch(out, scratch_bytes(recipe, plan, text[0]), durable_bytes(recipe, plan, *text))
         _tell_of_another_environment(state, environment(device, versions), emit)
         generating = time.monotonic()
         if rows is not None:
@@ -130,6 +137,7 @@ def quantize(
         calibration_rows, held_out = (None, None) if rows is None else (rows.calibration, rows.held_out)
         points = DurablePoints(state, writer, options.save_every)
         outcome = run(job, calibration_rows, held_out, writer, points, emit)
+        refuse_changed(given, known)
         report = Report(
             model=given.name,
             recipe=recipe if rows is None else replace(recipe, calibration=rows.summary.source),

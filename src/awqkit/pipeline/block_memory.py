@@ -36,9 +36,18 @@ class BlockMemory:
         """What does not depend on the batch."""
         return self.weights + self.statistics + self.search
 
+    def least(self, tokens: int) -> int:
+        """What is needed in any case, with one row of so many tokens."""
+        return self.weights + self.statistics + tokens * self.token
+
     def with_tokens(self, tokens: int) -> int:
         """The peak with batches of so many tokens."""
         return self.fixed + tokens * self.token
+
+
+def block_weights(skeleton: Skeleton) -> int:
+    """Bytes of the largest block's parameters in float32."""
+    return 4 * max(skeleton.block_elements(index) for index in range(skeleton.num_blocks))
 
 
 def block_memory(skeleton: Skeleton, plan: RunPlan, recipe: Recipe) -> BlockMemory:

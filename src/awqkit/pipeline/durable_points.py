@@ -156,6 +156,18 @@ def durable_bytes(recipe: Recipe, plan: RunPlan, rows: TokenRows | None, held_ou
     return 2 * states + (codes if recipe.tuning_epochs > 0 else 0)
 
 
+def scratch_bytes(recipe: Recipe, plan: RunPlan, rows: TokenRows | None) -> int:
+    """How many bytes of temporary files `kept_states` makes at most, where they do not go to the device."""
+    if rows is None:
+        return 0
+    width, tokens = plan.probe.hidden[0, 0].numel(), rows.ids.numel()
+    gradients = (len(plan.blocks) + 1) * width if recipe.sensitivity != "none" else 0
+    channels = [
+        sum(each.num_channels for each in block.structure.inputs if each.expert is None) for block in plan.blocks
+    ]
+    return 2 * tokens * (gradients + (max(channels) if recipe.propagates else 0))
+
+
 def written_before(state: RunState) -> dict[str, int | None]:
     """Tensor name -> checksum, of what an earlier run left in the checkpoint; None where it may have been rewritten."""
     rewriting = state.journal.get("rewriting", False)
