@@ -60,28 +60,32 @@ class QuantizeResult:
     seconds: float
 
 
-def quantize(
-    model: str | Path | PlainModel,
-    out: str | Path,
-    recipe: Recipe | None = None,
-    *,
-    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None = None,
-    exclude_modules: frozenset[str] = frozenset(),
-    options: RunOptions | None = None,
-    report_page: str | Path | None = None,
-    emit: Emit = ignore_events,
-) -> QuantizeResult:
-    """Quantize `model` (a folder, a hub id or a PlainModel) into the new folder `out` and return what was decided.
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A run as it is settled before its first byte is written.
 
-    recipe: the default preset where None. calibration: takes the place of `recipe.calibration`; or token rows, lists
-    of ids that include whatever the model expects at the start of a text. exclude_modules: standard library modules
-    that the builtin calibration text leaves out. report_page: where to write the run as an HTML page as well, outside
-    `out`. Raises AwqkitError; `out` then does not exist, unless it was the page that could not be written at the end.
+    rows: None for a recipe that looks at no text. settings: what the format puts into config.json. shapes: of every
+    linear that is quantized, by name. cautions: what whoever serves the result must know.
     """
-    started = time.monotonic()
-    recipe, options, out = recipe or Recipe.preset(DEFAULT_QUALITY), options or RunOptions(), Path(out)
-    if report_page is not None:
-        check_report_path(report_page, out)
+
+    given: GivenModel
+    rows: CalibrationRows | None
+    job: Run
+    settings: dict[str, object]
+    shapes: dict[str, tuple[int, int]]
+    cautions: tuple[str, ...]
+
+
+def planned_run(
+    model: str | Path | PlainModel,
+    out: Path,
+    recipe: Recipe,
+    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None,
+    exclude_modules: frozenset[str],
+    options: RunOptions,
+    emit: Emit,
+) -> PlannedRun:
+    """Open and plan everything, and refuse what can be seen to be wrong. Raises AwqkitError."""
     written = format_for(recipe)  # before a hub model is fetched
     device = choose_device(options.device)
     found = find_given(model)
@@ -112,6 +116,34 @@ def quantize(
     for text in (*_idle_choices(recipe, plan, skeleton), *cautions):
         emit(Caution(text))
     job = Run(source, skeleton, recipe, plan, layout, written, device)
+    return PlannedRun(given, rows, job, settings, shapes, cautions)
+
+
+def quantize(
+    model: str | Path | PlainModel,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None = None,
+    exclude_modules: frozenset[str] = frozenset(),
+    options: RunOptions | None = None,
+    report_page: str | Path | None = None,
+    emit: Emit = ignore_events,
+) -> QuantizeResult:
+    """Quantize `model` (a folder, a hub id or a PlainModel) into the new folder `out` and return what was decided.
+
+    recipe: the default preset where None. calibration: takes the place of `recipe.calibration`; or token rows, lists
+    of ids that include whatever the model expects at the start of a text. exclude_modules: standard library modules
+    that the builtin calibration text leaves out. report_page: where to write the run as an HTML page as well, outside
+    `out`. Raises AwqkitError; `out` then does not exist, unless it was the page that could not be written at the end.
+    """
+    started = time.monotonic()
+    recipe, options, out = recipe or Recipe.preset(DEFAULT_QUALITY), options or RunOptions(), Path(out)
+    if report_page is not None:
+        check_report_path(report_page, out)
+    planned = planned_run(model, out, recipe, calibration, exclude_modules, options, emit)
+    given, rows, job, device = planned.given, planned.rows, planned.job, planned.job.device
+    source, plan, layout = given.source, job.plan, job.layout
     versions = _versions()
     text = (None, None) if rows is None else (rows.calibration, rows.held_out)
     known = fingerprint(given, recipe, *text, versions["awqkit"])
@@ -142,7 +174,7 @@ def quantize(
             model=given.name,
             recipe=recipe if rows is None else replace(recipe, calibration=rows.summary.source),
             group_size=plan.group_size,
-            stored_dtype=str(stored_dtype).removeprefix("torch."),
+            stored_dtype=str(plan.stored_dtype).removeprefix("torch."),
             device=device.type,
             versions=versions,
             calibration=None if rows is None else rows.summary,
@@ -151,11 +183,11 @@ def quantize(
             source_bytes=source.total_bytes,
             written_bytes=sum(spec.num_bytes for spec in layout.specs),
             packed_bytes=sum(spec.num_bytes for spec in layout.specs if spec.name not in layout.kept),
-            quantized_weights=sum(rows_ * columns for rows_, columns in shapes.values()),
+            quantized_weights=sum(rows_ * columns for rows_, columns in planned.shapes.values()),
             dropped=layout.dropped,
-            cautions=cautions,
+            cautions=planned.cautions,
         )
-        _write_companions(writer, given, settings, _turned(plan), report)
+        _write_companions(writer, given, planned.settings, _turned(plan), report)
         seconds = time.monotonic() - started
         timings = {"seconds": seconds, "stages": {"generate": generate_seconds, **outcome.seconds}}
         writer.write_json(TIMINGS_FILE, timings)

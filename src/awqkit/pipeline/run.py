@@ -173,13 +173,14 @@ def _finished_block(job: Run, index: int, points: DurablePoints) -> TunableBlock
     """A block that an earlier run has finished, as tuning needs it."""
     block = job.skeleton.load_block(index, job.device)
     try:
-        context = _context(job, index, block)
+        context = block_context(job, index, block)
         return tunable_block(context, points.result(context.block_plan, job.device))
     finally:
         job.skeleton.release_block(index)
 
 
-def _context(job: Run, index: int, block: nn.Module) -> BlockContext:
+def block_context(job: Run, index: int, block: nn.Module) -> BlockContext:
+    """What the steps of a block share, its weights being in memory."""
     parameters = {name: value.data for name, value in block.named_parameters()}
     return BlockContext(job.skeleton, job.plan, job.plan.blocks[index], job.recipe, block, parameters)
 
@@ -199,7 +200,7 @@ def _one_block(
         stage("read")
         if streams is not None:
             begin_block(streams, job.device)
-        context = _context(job, index, job.skeleton.load_block(index, job.device))
+        context = block_context(job, index, job.skeleton.load_block(index, job.device))
         return context, quantize_block(context, streams, stage)
 
     def smaller() -> int | None:
@@ -224,7 +225,7 @@ def _one_block(
 def _write(job: Run, context: BlockContext, result: BlockResult, writer: CheckpointWriter) -> None:
     """Pack the quantized linears of a block and write its other tensors in the dtype that the layout says."""
     path = context.block_plan.path
-    for part, tensor in _packed(job, context.block_plan, result.quantized):
+    for part, tensor in packed_tensors(job, context.block_plan, result.quantized):
         writer.write(part, tensor)
     stored = {
         disk: value
@@ -241,7 +242,9 @@ def _write(job: Run, context: BlockContext, result: BlockResult, writer: Checkpo
                 _copy(job, disk, writer, is_buffer=name not in context.parameters)
 
 
-def _packed(job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight]) -> Iterator[tuple[str, torch.Tensor]]:
+def packed_tensors(
+    job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Name on disk and tensor of all that linears, by name inside the block, are packed into."""
     for name, weight in quantized.items():
         for disk, rows in packed_parts(job.skeleton, block, name).items():
@@ -261,7 +264,7 @@ def _rewrite(
 ) -> None:
     """Put what tuning moved in the place of what was written: linears by name, gains by parameter, in the block."""
     block = job.plan.blocks[index]
-    for part, tensor in _packed(job, block, linears):
+    for part, tensor in packed_tensors(job, block, linears):
         writer.rewrite(part, tensor)
     for name, value in gains.items():
         disk = job.skeleton.disk_name(f"{block.path}.{name}")
