@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from awqkit.model.block_calls import hand_on
 from awqkit.pipeline.activations import HiddenStates, TokenRows
@@ -92,7 +91,7 @@ def measure_block(
             {stage: seconds / count for stage, seconds in by_row.items()},
             max(0.0, once),
             _gradient_seconds(context, streams, settle) if recipe.sensitivity != "none" else 0.0,
-            _token_step(context, passages, settle) if passages else 0.0,
+            _token_step(job, context, passages, settle) if passages else 0.0,
             _step_cost(job, context, result, rows, settle) if recipe.tuning_epochs > 0 else None,
         )
     finally:
@@ -176,26 +175,18 @@ def _gradient_seconds(context: BlockContext, streams: Streams, settle: Callable[
     return (seconds_of(there, settle) + seconds_of(back, settle)) / (part.stop - part.start)
 
 
-def _token_step(context: BlockContext, passages: int, settle: Callable[[], None]) -> float:
-    """Of one more token for each passage."""
-    probe = context.plan.probe
-    hidden = probe.hidden[:1, :1].expand(passages, *probe.hidden.shape[1:]).contiguous()[:, :1]
-    dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
-    weights = {view.name: context.weight(view.name).to(dtype) for view in context.structure.linears}
-    inputs = hidden.reshape(passages, -1).to(dtype)
+def _token_step(job: Run, context: BlockContext, passages: int, settle: Callable[[], None]) -> float:
+    """Of one more token for each passage: the block on rows of one token."""
+    states = HiddenStates(job.skeleton, TokenRows(torch.zeros(passages, 1, dtype=torch.int64)), job.device)
+    _, hidden, calls, _ = states.batch(0)
+    if calls[context.index].wanted:
+        raise ValueError("blocks hand on more than hidden states")
 
     def step() -> None:
-        for view in context.structure.linears:
-            share = passages if view.expert is None else max(1, passages // max(context.structure.experts))
-            columns = weights[view.name].shape[1]
-            torch.nn.functional.linear(_wide(inputs[:share], columns), weights[view.name])
+        with torch.no_grad():
+            hand_on(context.block, hidden, calls[context.index])
 
     return min(seconds_of(step, settle) for _ in range(3))
-
-
-def _wide(inputs: Tensor, columns: int) -> Tensor:
-    """The same values in rows of `columns`."""
-    return inputs.repeat(1, -(-columns // inputs.shape[1]))[:, :columns]
 
 
 def _step_cost(
@@ -219,7 +210,7 @@ def _step_cost(
             tunable(hidden, call)
 
     kept = kept_bytes(tunable, hidden, call)
-    seconds = min(seconds_of(step, settle) for _ in range(2))
+    seconds = sum(seconds_of(step, settle) for _ in range(2)) / 2  # memory that is new each time is part of it
     return StepCost(seconds / tokens, seconds_of(forward, settle) / tokens, kept / tokens, _code_bytes(tunable))
 
 

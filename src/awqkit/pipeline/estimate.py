@@ -16,6 +16,7 @@ import torch
 
 from awqkit.events import Emit, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.model.generate import PASSAGE
+from awqkit.numerics.divergence import kl_gradient
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_cost import BlockCost, measure_block, seconds_of, settler
 from awqkit.pipeline.block_memory import block_memory, fitting_tokens
@@ -135,11 +136,12 @@ def _measured_rows(job: Run, rows: TokenRows, tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """Seconds of what lies outside the blocks: to read it; of one row of logits, and with the gradient of those."""
+    """Seconds of what lies outside the blocks: to read it; of one row of logits, with its gradient, and in tuning."""
 
     load: float
     forward: float
     back: float
+    step: float
 
     @classmethod
     def measured(cls, job: Run, rows: TokenRows) -> _Head:
@@ -159,7 +161,16 @@ class _Head:
                 with torch.enable_grad():
                     head(ids, hidden.clone().requires_grad_(True), None).log_softmax(dim=-1).sum().backward()
 
-            return cls(load, *(min(seconds_of(work, settle) for _ in range(2)) for work in (forward, back)))
+            def step() -> None:
+                with torch.no_grad():
+                    goal = head(ids, hidden, None)
+                with torch.enable_grad():
+                    logits = head(ids, hidden.clone().requires_grad_(True), None)
+                with torch.no_grad():
+                    felt = kl_gradient(goal, logits)
+                logits.backward(felt.to(logits.dtype))
+
+            return cls(load, *(min(seconds_of(work, settle) for _ in range(2)) for work in (forward, back, step)))
 
 
 def _seconds_per_byte(folder: Path) -> float:
@@ -240,7 +251,7 @@ def _tuning(job: Run, rows: _Rows, costs: list[tuple[int, BlockCost]], head: _He
     held_out = 0 if rows.held_out is None else len(rows.held_out.ids)
     passes = 1 if job.recipe.propagates else 2
     forward = sum(count * step.forward_seconds for count, step in steps) * rows.length * held_out * passes
-    logits = 0.0 if head is None else head.load + visited * (head.forward + head.back) + held_out * 4 * head.forward
+    logits = 0.0 if head is None else head.load + visited * head.step + held_out * 4 * head.forward
     return visited * rows.length * step_seconds + forward + logits
 
 
