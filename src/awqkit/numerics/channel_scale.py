@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awqkit.kernels.group_search import scale_errors, takes
 from awqkit.numerics.grid import choose_scale_and_zero, group_range, merge_groups, rounding_error, split_groups
 from awqkit.numerics.output_error import group_row_errors, row_errors
 from awqkit.numerics.tiles import row_tiles, tries_at_once
@@ -141,6 +142,11 @@ def rounding_errors(
     weight: float32 `[out, in]`, all consumers of the input stacked; row_weight: `[out]` ≥ 0. group_weights: as
     `output_error.group_row_errors` takes them, for the unscaled input. full_moment: H `[in, in]` to judge by instead.
     """
+    if full_moment is None and takes(weight, group_size, stored_dtype):
+        return scale_errors(
+            weight, group_weights, row_weight, torch.stack([candidate.channel_scale for candidate in tried]),
+            bits=bits, group_size=group_size, symmetric=symmetric, stored_dtype=stored_dtype,
+        )  # fmt: skip
     grouped = split_groups(weight, group_size)
     groups = grouped.shape[0]
     scales = torch.stack([candidate.channel_scale for candidate in tried]).reshape(-1, groups, 1, group_size)
