@@ -49,7 +49,8 @@ class Readers:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """moment: H `[in, in]` of the input that the linear gets (Ĥ of the quantized stream with propagation).
+    """moment: H `[in, in]` of the input that the linear gets (Ĥ of the quantized stream with propagation), or its
+    blocks on the diagonal (`numerics.output_error`).
 
     metric: the same, ready for rounding, or None where no step needs it. shift: β T `[in, in]`, or None where the
     weight itself is aimed at. strength: β. raised: why H needed more damping than was asked for, or None.

@@ -14,7 +14,7 @@ from awqkit.methods.plan import LinearPlan
 from awqkit.methods.slots import CLIP, REFINEMENT, ROUNDING
 from awqkit.numerics.grid import QuantizedWeight, dequantize, split_groups
 from awqkit.numerics.histogram import counts_at
-from awqkit.numerics.output_error import diagonal_blocks, row_errors, weighted_error
+from awqkit.numerics.output_error import diagonal_blocks, moment_divided, row_errors, weighted_error
 from awqkit.numerics.rounding import round_nearest, span_grid
 from awqkit.numerics.rounding_metric import RoundingMetric
 from awqkit.numerics.saliency import saliency_shares
@@ -104,7 +104,7 @@ def round_rows_alike(scaled: ScaledWeight, evidence: Evidence, plan: LinearPlan)
     ratio_low, ratio_high, clip_mean, clip_counts = None, None, 1.0, ()
     clip = CLIP[plan.clip]
     if clip is not None:
-        moment = evidence.moment / scaled.channel_scale.unsqueeze(0) / scaled.channel_scale.unsqueeze(1)
+        moment = moment_divided(evidence.moment, scaled.channel_scale)
         grouped = split_groups(weight, plan.group_size)
         ratio_low, ratio_high = clip(grouped, group_weights(moment, metric, plan), **plan.grid_choices)
         clip_mean = float((ratio_low.mean() + ratio_high.mean()) / 2)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from awqkit.numerics.output_error import diagonal_blocks, moment_diagonal
+
 _SAMPLE_TOKENS = 128
 _GRAM_TILE = 256  # columns a step; only tiles on and above the diagonal are multiplied, the rest is mirrored
 
@@ -22,7 +24,8 @@ _GRAM_TILE = 256  # columns a step; only tiles on and above the diagonal are mul
 class Gram:
     """gram: `[in, in]` float32, Σ_t ω_t x_t x_tᵀ. weight_sum: Σ_t ω_t, the number of tokens where they count alike.
 
-    While accumulating only the tiles of `gram` on and above the diagonal are filled: `mirrored` fills the others.
+    Or `[groups, group_size, group_size]`, its blocks on the diagonal, where nobody asks for more. While accumulating
+    only the tiles of a whole `gram` on and above the diagonal are filled: `mirrored` fills the others.
     """
 
     weight_sum: float
@@ -35,7 +38,7 @@ class Statistics:
 
     token_count: tokens seen; weight_sum: the sum of their weights, the same number where tokens count alike.
     abs_sum, max_abs: `[in]` float32, units of x. sample: `[≤ 128, in]` float32, some of the tokens themselves.
-    gram: `[in, in]` float32, a weighted sum; while accumulating as in `Gram`, until `finished`.
+    gram: `[in, in]` float32 or its blocks, a weighted sum; while accumulating as in `Gram`, until `finished`.
     """
 
     token_count: int
@@ -64,7 +67,10 @@ def accumulate_gram_(
     if token_weight is not None:
         weights = real_tokens(token_weight.unsqueeze(-1), mask)
         tokens, weight_sum = tokens * weights.sqrt(), float(weights.sum())
-    for start in range(0, tokens.shape[1], _GRAM_TILE):
+    if summed.gram.dim() == 3:
+        grouped = tokens.reshape(len(tokens), *summed.gram.shape[:2])
+        summed.gram.baddbmm_(grouped.permute(1, 2, 0), grouped.transpose(0, 1))
+    for start in range(0, tokens.shape[1] if summed.gram.dim() == 2 else 0, _GRAM_TILE):
         rows = tokens[:, start : start + _GRAM_TILE]
         summed.gram[start : start + _GRAM_TILE, start:].addmm_(rows.t(), tokens[:, start:])
     return Gram(summed.weight_sum + (float(tokens.shape[0]) if weight_sum is None else weight_sum), summed.gram)
@@ -72,15 +78,23 @@ def accumulate_gram_(
 
 def mirrored(summed: Gram) -> Gram:
     """The same with a full, symmetric gram."""
+    if summed.gram.dim() == 3:
+        return summed
     upper = summed.gram.triu()
     return Gram(summed.weight_sum, upper + upper.triu(1).t())
 
 
-def empty_statistics(num_channels: int, device: torch.device | str = "cpu") -> Statistics:
-    """Statistics of no tokens for an input of `num_channels`."""
+def empty_statistics(
+    num_channels: int, device: torch.device | str = "cpu", group_size: int | None = None
+) -> Statistics:
+    """Statistics of no tokens for an input of `num_channels`; group_size: for the gram's blocks of that size alone."""
     zeros = torch.zeros(num_channels, device=device)
     none = torch.empty(0, num_channels, device=device)
-    return Statistics(0, 0.0, zeros, zeros.clone(), none, empty_gram(num_channels, device).gram)
+    if group_size is None:
+        gram = empty_gram(num_channels, device).gram
+    else:
+        gram = torch.zeros(num_channels // group_size, group_size, group_size, device=device)
+    return Statistics(0, 0.0, zeros, zeros.clone(), none, gram)
 
 
 def accumulate_(
@@ -146,7 +160,7 @@ def pooled(parts: Sequence[Statistics]) -> Statistics:
 
 
 def shrunk(statistics: Statistics, prior: Tensor, enough: int) -> Statistics:
-    """Finished statistics of few tokens drawn towards `prior`, an H `[in, in]`, by as much as tokens lack.
+    """Finished statistics of few tokens drawn towards `prior`, an H like their own, by as much as tokens lack.
 
         H' = λ H + (1 − λ) prior,   λ = min(1, tokens ÷ enough)
 
@@ -158,13 +172,25 @@ def shrunk(statistics: Statistics, prior: Tensor, enough: int) -> Statistics:
         return statistics
     weight_sum = statistics.weight_sum or 1.0
     moment = share * second_moment(statistics) + (1.0 - share) * prior
-    abs_sum = statistics.abs_sum if statistics.token_count else prior.diagonal().sqrt()
+    abs_sum = statistics.abs_sum if statistics.token_count else moment_diagonal(prior).sqrt()
     return replace(statistics, weight_sum=weight_sum, abs_sum=abs_sum, gram=moment * weight_sum)
 
 
 def second_moment(summed: Statistics | Gram) -> Tensor:
-    """H = E[x xᵀ], `[in, in]` float32, of finished statistics or a mirrored gram."""
+    """H = E[x xᵀ], `[in, in]` or its blocks, float32, of finished statistics or a mirrored gram."""
     return summed.gram / (summed.weight_sum or 1.0)
+
+
+def whole_groups(num_channels: int, group_size: int | None) -> int | None:
+    """The group size where whole groups of it make up the channels, else None."""
+    return group_size if group_size is not None and group_size > 0 and num_channels % group_size == 0 else None
+
+
+def in_blocks(statistics: Statistics, group_size: int) -> Statistics:
+    """Finished statistics with no more of the gram than its blocks on the diagonal, where they tile it."""
+    if whole_groups(statistics.gram.shape[-1], group_size) is None or statistics.gram.dim() == 3:
+        return statistics
+    return replace(statistics, gram=diagonal_blocks(statistics.gram, group_size))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from awqkit.methods.linear import QuantizedLinear
 from awqkit.model.block_calls import hand_on
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.grid import QuantizedWeight
-from awqkit.numerics.statistics import Statistics
+from awqkit.numerics.statistics import Statistics, in_blocks
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext, Stream, Streams
 from awqkit.pipeline.expert_tokens import picked_inputs
@@ -84,9 +84,12 @@ class Observed:
     token_weight: Tensor | None
     kept: KeptInputs | None
 
-    def measured_for(self, recipe: Recipe) -> Measured:
-        """What a recipe gets of it: the same, whoever else asked for more."""
-        return Measured(self.statistics, self.row_weights if _weighs_rows(recipe) else {})
+    def measured_for(self, recipe: Recipe, group_size: int) -> Measured:
+        """What a recipe with groups of that size gets of it: the same, whoever else asked for more."""
+        statistics = self.statistics
+        if not recipe.looks_across_groups:
+            statistics = {first: in_blocks(each, group_size) for first, each in statistics.items()}
+        return Measured(statistics, self.row_weights if _weighs_rows(recipe) else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,10 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
     elif any(_weighs_rows(recipe) for recipe in recipes):
         row_weights = measure_row_weights(context, streams.probe)
     token_weight = streams.token_weight(index)
-    return Observed(observe(context, original, token_weight, kept), row_weights, token_weight, kept)
+    alone_in_groups = len(recipes) == 1 and not recipes[0].looks_across_groups
+    group_size = context.plan.group_size if alone_in_groups else None
+    statistics = observe(context, original, token_weight, kept, group_size)
+    return Observed(statistics, row_weights, token_weight, kept)
 
 
 def _weighs_rows(recipe: Recipe) -> bool:
@@ -163,7 +169,7 @@ def quantize_observed(
     quantized_stream: the calibration rows' where the recipe propagates. It and both of `held_out` move on to the
     block's output.
     """
-    measured = observed.measured_for(context.recipe)
+    measured = observed.measured_for(context.recipe, context.plan.group_size)
     originals = OriginalEvidences(context, measured)
     with ExitStack() as stack:
         rows, evidence_of = None, _on_the_original(originals)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from awqkit.decisions import FoldDecision
 from awqkit.errors import CheckpointError
+from awqkit.kernels.precision import full_precision
 from awqkit.model.block_calls import Handed, hand_on
 from awqkit.model.observe import LinearWatch
 from awqkit.model.proof import PROOF_TOLERANCE, proof_errors, proved_together
@@ -24,6 +25,7 @@ from awqkit.numerics.statistics import (
     empty_statistics,
     finished,
     finished_paired,
+    whole_groups,
 )
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
@@ -73,7 +75,7 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
                 asked.append(fold)
             else:
                 refused.append(_refused(fold, None, reason))
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             errors = proof_errors(context.block, run, probe.hidden, context.structure, asked) if asked else ()
         for fold, error in zip(asked, errors, strict=True):
             if error <= PROOF_TOLERANCE:
@@ -138,15 +140,20 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
 
 
 def observe(
-    context: BlockContext, rows: HiddenStates, token_weight: Tensor | None = None, kept: KeptInputs | None = None
+    context: BlockContext,
+    rows: HiddenStates,
+    token_weight: Tensor | None = None,
+    kept: KeptInputs | None = None,
+    group_size: int | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of every linear input, by its first reader; the rows move on to the block's output.
 
     token_weight: `[rows, tokens]`, see `numerics.statistics`. kept: filled with the inputs themselves, if given, but
-    for those of experts. An expert whose tokens cannot be told from one another counts padding as well.
+    for those of experts. group_size: for no more of each gram than its blocks of that size, where they tile it. An
+    expert whose tokens cannot be told from one another counts padding as well.
     """
     structure = context.structure
-    observer = _Observer(context, kept)
+    observer = _Observer(context, kept, group_size)
     experts = {entry.first for entry in structure.inputs if entry.expert is not None}
     in_turn = experts if context.recipe.all_experts else set()
     for part, hidden, call, mask in rows.batches(context.index):
@@ -163,9 +170,14 @@ def observe(
 class _Observer:
     """Statistics as they grow, by first reader."""
 
-    def __init__(self, context: BlockContext, kept: KeptInputs | None) -> None:
+    def __init__(self, context: BlockContext, kept: KeptInputs | None, group_size: int | None) -> None:
         entries = context.structure.inputs
-        self.found = {entry.first: empty_statistics(entry.num_channels, context.device) for entry in entries}
+        self.found = {
+            entry.first: empty_statistics(
+                entry.num_channels, context.device, whole_groups(entry.num_channels, group_size)
+            )
+            for entry in entries
+        }
         self._kept = kept
         self._by_weight = {context.structure.linear(entry.first).weight: entry for entry in entries}
         self._watched = {name: context.weight(entry.first) for name, entry in self._by_weight.items()}
