@@ -7,31 +7,29 @@ equations and proofs do. A CPU multiplies float32 either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 
-@contextmanager
-def tensor_cores(device: torch.device) -> Iterator[None]:
-    """Inside, float32 products on a GPU are in TF32."""
-    with _precision("high" if device.type == "cuda" else torch.get_float32_matmul_precision()):
-        yield
+class _Precision:
+    """Inside, `torch.set_float32_matmul_precision` is `name`, or what it was where that is None."""
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._before = torch.get_float32_matmul_precision()
+        if self._name is not None:
+            torch.set_float32_matmul_precision(self._name)
+
+    def __exit__(self, *raised: object) -> None:
+        torch.set_float32_matmul_precision(self._before)
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Inside, float32 products are in float32 everywhere."""
-    with _precision("highest"):
-        yield
+def tensor_cores(device: torch.device) -> _Precision:
+    """A context in which float32 products on a GPU are in TF32."""
+    return _Precision("high" if device.type == "cuda" else None)
 
 
-@contextmanager
-def _precision(name: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def full_precision() -> _Precision:
+    """A context in which float32 products are in float32 everywhere."""
+    return _Precision("highest")
