@@ -36,7 +36,7 @@ def _row_errors(tile, low, high, blocks, variances, TOP: tl.constexpr, LARGEST: 
                 SYMMETRIC: tl.constexpr, HALF: tl.constexpr, FULL: tl.constexpr, unscale):  # fmt: skip
     """e H eᵀ of nearest rounding of each row of `tile` `[rows, group]` on the grid that spans low to high, `[rows]`.
 
-    unscale: `[group]`, what the error is divided by.
+    unscale: `[group]`, what the error is multiplied by.
     """
     span = 2.0 * tl.maximum(-low, high) if SYMMETRIC else high - low
     size = tl.minimum(span / TOP, LARGEST)
@@ -47,8 +47,8 @@ def _row_errors(tile, low, high, blocks, variances, TOP: tl.constexpr, LARGEST: 
     else:
         zero = tl.minimum(tl.maximum(_whole(tl.minimum(-low / size, 2.0 * TOP)), 0.0), TOP)
     # beyond the range a step is cut off anyway, and _whole wants small numbers
-    steps = tl.minimum(tl.maximum(tile / size[:, None], -zero[:, None]), TOP - zero[:, None])
-    error = (tile - _whole(steps) * size[:, None]) / unscale[None, :]
+    steps = tl.minimum(tl.maximum(tile * (1.0 / size)[:, None], -zero[:, None]), TOP - zero[:, None])
+    error = (tile - _whole(steps) * size[:, None]) * unscale[None, :]
     if FULL:
         return tl.sum(tl.dot(error, blocks, input_precision="tf32") * error, axis=1)
     return tl.sum(error * error * variances[None, :], axis=1)
@@ -90,7 +90,7 @@ def _scale_kernel(
         scaled = tile * scale[None, :]
         low = tl.minimum(tl.min(scaled, axis=1), 0.0)
         high = tl.maximum(tl.max(scaled, axis=1), 0.0)
-        found = _row_errors(scaled, low, high, blocks, variances, TOP, LARGEST, SYMMETRIC, HALF, FULL, scale)
+        found = _row_errors(scaled, low, high, blocks, variances, TOP, LARGEST, SYMMETRIC, HALF, FULL, 1.0 / scale)
         tl.store(partial + (part * num_tried + tried) * num_groups + group, tl.sum(found * cost, axis=0))
 
 

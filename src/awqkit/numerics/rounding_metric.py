@@ -28,6 +28,7 @@ _SMALLEST_RATIO = 1e-5  # where no damping was asked for and some is needed
 _REFINEMENT_SHARE = 1e-3
 _ESCALATION = 10.0
 _MAX_ATTEMPTS = 6
+_SOLVED_AT_ONCE = 512  # channels whose factor is inverted in one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,20 @@ def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | No
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
             return None
-        identity = torch.eye(lower.shape[0], device=lower.device)
-        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        inverse = _inverted(lower)
     # row-major: a solve on a GPU answers column-major, and kernels walk along rows
     return (inverse.flip(0, 1) / size[order].unsqueeze(0)).contiguous()
+
+
+def _inverted(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix by halves: a third of the work of solving for all columns."""
+    size = len(lower)
+    if size <= _SOLVED_AT_ONCE:
+        identity = torch.eye(size, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = first = _inverted(lower[:half, :half])
+    inverse[half:, half:] = second = _inverted(lower[half:, half:])
+    inverse[half:, :half] = -(second @ (lower[half:, :half] @ first))
+    return inverse

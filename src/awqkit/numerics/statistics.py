@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from awqkit.kernels.gram import add_gram_, add_product_
 from awqkit.numerics.output_error import diagonal_blocks, moment_diagonal
 
 _SAMPLE_TOKENS = 128
-_GRAM_TILE = 256  # columns a step; only tiles on and above the diagonal are multiplied, the rest is mirrored
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,15 @@ def accumulate_gram_(
 ) -> Gram:
     """As `accumulate_`, the gram alone."""
     tokens, weight_sum = real_tokens(inputs, mask), None
+    weighted = tokens
     if token_weight is not None:
         weights = real_tokens(token_weight.unsqueeze(-1), mask)
-        tokens, weight_sum = tokens * weights.sqrt(), float(weights.sum())
+        weighted, weight_sum = tokens * weights, float(weights.sum())
     if summed.gram.dim() == 3:
-        grouped = tokens.reshape(len(tokens), *summed.gram.shape[:2])
-        summed.gram.baddbmm_(grouped.permute(1, 2, 0), grouped.transpose(0, 1))
-    for start in range(0, tokens.shape[1] if summed.gram.dim() == 2 else 0, _GRAM_TILE):
-        rows = tokens[:, start : start + _GRAM_TILE]
-        summed.gram[start : start + _GRAM_TILE, start:].addmm_(rows.t(), tokens[:, start:])
+        shape = (len(tokens), *summed.gram.shape[:2])
+        summed.gram.baddbmm_(weighted.reshape(shape).permute(1, 2, 0), tokens.reshape(shape).transpose(0, 1))
+    else:
+        add_gram_(summed.gram, weighted, tokens)
     return Gram(summed.weight_sum + (float(tokens.shape[0]) if weight_sum is None else weight_sum), summed.gram)
 
 
@@ -106,7 +106,7 @@ def accumulate_(
     (padding is False), or None where all count. token_weight: `[...]` float32 ≥ 0, what a token's error costs in the
     gram, or None where all cost the same; means of |x| stay unweighted.
     """
-    tokens = real_tokens(inputs, mask)
+    tokens = real_tokens(inputs, mask).to(torch.float32)
     if tokens.shape[0] == 0:
         return statistics
     absolute = tokens.abs()
@@ -133,8 +133,8 @@ def _sampled(sample: Tensor, tokens: Tensor) -> Tensor:
 
 
 def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """`[..., in]` as `[tokens, in]` float32, padding (mask False) left out."""
-    tokens = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+    """`[..., in]` as `[tokens, in]`, padding (mask False) left out."""
+    tokens = inputs.reshape(-1, inputs.shape[-1])
     return tokens if mask is None else tokens[mask.reshape(-1)]
 
 
@@ -223,7 +223,7 @@ def accumulate_paired_(
     if token_weight is not None:
         weights = real_tokens(token_weight.unsqueeze(-1), mask)
         first, weights = first * weights, weights.squeeze(-1)
-    paired.cross_gram.addmm_(first.t(), second)
+    add_product_(paired.cross_gram, first, second)
     return replace(paired, quantized=accumulate_gram_(paired.quantized, second, None, weights))
 
 

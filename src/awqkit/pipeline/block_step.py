@@ -256,10 +256,12 @@ def _on_both_streams(
         if known is None or [id(each) for each in known[0]] != [id(each) for each in before]:
             whole = structure.input_of(source)
             readers = readers_named(context, whole.readers, measured)
-            found[source] = known = before, of_every_token(whole, quantized, readers)
+            found[source] = known = before, of_every_token(whole, quantized, readers, for_others=True)
         return replace(own, shift=known[1].shift, strength=known[1].strength)
 
-    def of_every_token(entry: LinearInput, quantized: Mapping[str, QuantizedLinear], readers: Readers) -> Evidence:
+    def of_every_token(
+        entry: LinearInput, quantized: Mapping[str, QuantizedLinear], readers: Readers, *, for_others: bool = False
+    ) -> Evidence:
         pairs = ((part, kept.at(entry.first, part), inputs, mask) for part, inputs, mask in rows.at(entry, quantized))
         paired, checked = observe_pair(entry, pairs, context.device, observed.token_weight), None
         if context.recipe.propagation == AUTO and held_out is not None and held_out.quantized is not None:
@@ -269,7 +271,7 @@ def _on_both_streams(
                 (part, inputs, met, mask) for (part, inputs, mask), (_, met, _) in zip(original, reached, strict=True)
             )
             checked = observe_pair(entry, both, context.device)
-        return propagated_evidence(paired, checked, readers, choices)
+        return propagated_evidence(paired, checked, readers, choices, for_others=for_others)
 
     return evidence
 
