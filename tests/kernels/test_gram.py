@@ -21,10 +21,10 @@ def test_products_are_added(device: str, channels: int) -> None:
     start = torch.randn(channels, channels, generator=generator)
     expected = start.double() + left.double().t() @ right.double()
 
-    whole = start.to(device)
+    whole = start.to(device, copy=True)
     add_product_(whole, left.to(device), right.to(device))
     torch.testing.assert_close(whole.cpu().double(), expected, rtol=1e-4, atol=1e-4)
 
-    upper = start.to(device)
+    upper = start.to(device, copy=True)
     add_gram_(upper, left.to(device), right.to(device))
     torch.testing.assert_close(upper.cpu().double().triu(), expected.triu(), rtol=1e-4, atol=1e-4)

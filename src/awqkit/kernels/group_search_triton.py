@@ -148,7 +148,7 @@ def scale_errors(
     _scale_kernel[(groups, parts)](
         weight, group_weights, row_weight.contiguous(), scales, partial, rows, channels, tried, groups,
         **_choices(group_weights, bits, symmetric, stored_dtype), GROUP=group_size, ROWS=ROWS_PER_PROGRAM,
-        num_warps=8 if group_size > 64 else 4,
+        num_warps=4,
     )  # fmt: skip
     return partial.sum(dim=0)
 
@@ -170,7 +170,7 @@ def clip_ratios(
     _clip_kernel[(groups, triton.cdiv(rows, ROWS_PER_PROGRAM))](
         grouped, group_weights, torch.tensor(ratios, device=grouped.device), ratio_low, ratio_high, rows, len(ratios),
         **_choices(group_weights, bits, symmetric, stored_dtype), SWEEPS=sweeps,
-        GROUP=group_size, ROWS=ROWS_PER_PROGRAM, num_warps=8 if group_size > 64 else 4,
+        GROUP=group_size, ROWS=ROWS_PER_PROGRAM, num_warps=4,
     )  # fmt: skip
     return ratio_low, ratio_high
 
