@@ -66,6 +66,14 @@ class QuantizedLinear:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoredLinear:
+    """What a block computes with in the place of a linear: `restored` and `channel_scale` of `QuantizedLinear`."""
+
+    channel_scale: Tensor
+    restored: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Rounded:
     """Codes on a grid, and the mean share of the groups' range that was kept."""
 
@@ -133,19 +141,17 @@ def quantize_linear(
     """
     nearest = Rounded(round_plainly(scaled.weight, plan), 1.0)
     if evidence is None:
-        return _decided(scaled, None, plan, nearest, None)
+        return _decided(scaled, None, plan, nearest, _restored(scaled, nearest), None)
     chosen = round_rows(scaled, evidence, plan)
-    errors = [
-        weighted_error(_restored(scaled, each) - scaled.target, evidence.moment, row_weight)
-        for each in (nearest, chosen)
-    ]
+    restored = [_restored(scaled, each) for each in (nearest, chosen)]
+    errors = [weighted_error(each - scaled.target, evidence.moment, row_weight) for each in restored]
     if errors[1] > errors[0]:
         reason = (
             f"clip and rounding raised the output error under this scale "
             f"({errors[1]:.3e} > {errors[0]:.3e}): nearest rounding kept"
         )
-        return _decided(scaled, evidence, plan, nearest, reason)
-    return _decided(scaled, evidence, plan, chosen, evidence.raised)
+        return _decided(scaled, evidence, plan, nearest, restored[0], reason)
+    return _decided(scaled, evidence, plan, chosen, restored[1], evidence.raised)
 
 
 def _restored(scaled: ScaledWeight, rounded: Rounded) -> Tensor:
@@ -153,11 +159,15 @@ def _restored(scaled: ScaledWeight, rounded: Rounded) -> Tensor:
 
 
 def _decided(
-    scaled: ScaledWeight, evidence: Evidence | None, plan: LinearPlan, chosen: Rounded, fallback: str | None
+    scaled: ScaledWeight,
+    evidence: Evidence | None,
+    plan: LinearPlan,
+    chosen: Rounded,
+    restored: Tensor,
+    fallback: str | None,
 ) -> QuantizedLinear:
     moment = None if evidence is None else evidence.moment
     original = scaled.original
-    restored = _restored(scaled, chosen)
     plain = round_plainly(original, plan)
     plain_restored = dequantize(plain.codes, plain.grid)
     size = max(float(original.square().sum()), torch.finfo(torch.float32).tiny)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from awqkit.decisions import BlockDecision, FoldDecision, KeptDecision, LinearDecision
 from awqkit.methods.evidence import Evidence, Readers, propagated_evidence
-from awqkit.methods.linear import QuantizedLinear
+from awqkit.methods.linear import QuantizedLinear, RestoredLinear
 from awqkit.model.block_calls import hand_on
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.grid import QuantizedWeight
@@ -47,6 +47,7 @@ from awqkit.pipeline.search_block import (
     metric_choices,
     readers_named,
     readers_of,
+    restored_plainly,
 )
 from awqkit.pipeline.sensitivity import measure_sensitivity
 from awqkit.pipeline.stopped_rows import StoppedRows
@@ -193,7 +194,7 @@ def _better_held_out(
     context: BlockContext, held_out: Stream, choice: Choice, originals: Mapping[str, Evidence]
 ) -> tuple[Choice, list[FoldDecision], tuple[float, float], str | None]:
     """The choice, or plain rounding where that is better on held-out rows; then what was undone, errors, the reason."""
-    (plain, chosen), reached = check_held_out(context, held_out, (choose_plainly(context, {}), choice))
+    (plain, chosen), reached = check_held_out(context, held_out, (restored_plainly(context), choice.quantized))
     is_worse = chosen > plain
     if held_out.quantized is not None:
         held_out.quantized.take(reached[0 if is_worse else 1])
@@ -277,10 +278,11 @@ def _on_both_streams(
 
 
 def check_held_out(
-    context: BlockContext, stream: Stream, choices: tuple[Choice, ...]
+    context: BlockContext, stream: Stream, choices: tuple[Mapping[str, QuantizedLinear | RestoredLinear], ...]
 ) -> tuple[tuple[float, ...], list[HiddenStates]]:
-    """For each choice ‖Y−Ŷ‖² / ‖Y−X‖² of the block's output on held-out rows; the original ones move on to Y.
+    """For each choice of what stands for linears: ‖Y−Ŷ‖² / ‖Y−X‖² of the block's output on held-out rows.
 
+    The original rows move on to Y.
     Ŷ is computed from what the block will really get: the quantized stream's rows where there are any; then it is the
     second result, for each choice.
     """
@@ -295,7 +297,7 @@ def check_held_out(
             output, beside = hand_on(context.block, hidden, call)
             contribution += float((output - hidden)[real].square().sum())
             for position, choice in enumerate(choices):
-                with weights_replaced(context, choice.quantized):
+                with weights_replaced(context, choice):
                     found = hand_on(context.block, reached, own_call)
                 if outputs:
                     outputs[position].write(part, *found)

@@ -13,7 +13,7 @@ from awqkit.errors import CheckpointError
 from awqkit.kernels.precision import full_precision
 from awqkit.model.block_calls import Handed, hand_on
 from awqkit.model.observe import LinearWatch
-from awqkit.model.proof import PROOF_TOLERANCE, proof_errors, proved_together
+from awqkit.model.proof import PROOF_TOLERANCE, proof_errors
 from awqkit.model.routing import PickedRows, run_with_all_experts
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.statistics import (
@@ -59,30 +59,28 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
     """
     probe = _with_real_states(context, rows)
     run = probe.runner(context.block, context.index)
-    proved = []
+    asked, proved = [], []
     refused = [
         FoldDecision(refusal.label, "none", refusal.consumers, 0, None, fallback=refusal.reason)
         for refusal in context.structure.refusals
     ]
-    for group in proved_together(context.structure):
-        asked = []
-        for fold in group:
-            consumers = [name for name in fold.consumers if not context.kept(name)]
-            if not consumers:
-                continue  # nothing that s could help
-            reason = fold.why_not_together(consumers)
-            if reason is None:
-                asked.append(fold)
-            else:
-                refused.append(_refused(fold, None, reason))
-        with torch.no_grad(), full_precision():
-            errors = proof_errors(context.block, run, probe.hidden, context.structure, asked) if asked else ()
-        for fold, error in zip(asked, errors, strict=True):
-            if error <= PROOF_TOLERANCE:
-                proved.append((fold, error))
-            else:
-                reason = f"not exact in this block: its output changes by {error:.1e} under powers of two"
-                refused.append(_refused(fold, error, reason))
+    for fold in context.structure.folds:
+        consumers = [name for name in fold.consumers if not context.kept(name)]
+        if not consumers:
+            continue  # nothing that s could help
+        reason = fold.why_not_together(consumers)
+        if reason is None:
+            asked.append(fold)
+        else:
+            refused.append(_refused(fold, None, reason))
+    with torch.no_grad(), full_precision():
+        errors = proof_errors(context.block, run, probe.hidden, context.structure, asked) if asked else ()
+    for fold, error in zip(asked, errors, strict=True):
+        if error <= PROOF_TOLERANCE:
+            proved.append((fold, error))
+        else:
+            reason = f"not exact in this block: its output changes by {error:.1e} under powers of two"
+            refused.append(_refused(fold, error, reason))
     return proved, refused
 
 
