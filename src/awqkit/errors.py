@@ -7,6 +7,7 @@
     │   ├── CalibrationError    calibration or evaluation text: empty, binary, too short ...
     │   └── ModelError          a model whose blocks or inputs cannot be found or run
     ├── OutputError         OUT exists, lies inside MODEL, cannot be written, disk full
+    ├── NoRoomError         too little memory for what cannot be made smaller
     └── FormatError         a choice that the on-disk format cannot hold
 
 A message says what was found, where, what was expected and what to do next, in one line.
@@ -60,6 +61,10 @@ class ModelError(InputError):
 
 class OutputError(AwqkitError):
     """The place to write to is taken, forbidden or full."""
+
+
+class NoRoomError(AwqkitError):
+    """The device or the host has too little memory for what cannot be made smaller."""
 
 
 class FormatError(AwqkitError):

@@ -15,10 +15,10 @@ import torch
 
 from awqkit.api.calibration_rows import CalibrationRows, enough_to_check, given_rows, rows_text, text_rows
 from awqkit.api.device import choose_device
-from awqkit.api.fingerprint import changed_environment, environment, fingerprint
+from awqkit.api.fingerprint import changed_environment, environment, fingerprint, refuse_changed
 from awqkit.api.generated_rows import OwnText, own_text, with_generated
 from awqkit.api.given_model import GivenModel, find_given, given_name, open_given
-from awqkit.api.refuse import refuse_unknown_tokens
+from awqkit.api.refuse import refuse_full_scratch, refuse_small_memory, refuse_unknown_tokens
 from awqkit.api.refuse_plain import refuse_padded
 from awqkit.api.report_page import check_report_path, write_report
 from awqkit.checkpoint.output import refuse_output
@@ -37,7 +37,8 @@ from awqkit.model.plain_model import PlainModel
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import library_versions
 from awqkit.options import RunOptions
-from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, written_before
+from awqkit.pipeline.block_memory import block_memory, block_weights
+from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, scratch_bytes, written_before
 from awqkit.pipeline.layout import OutputLayout, plan_output
 from awqkit.pipeline.plan import BlockPlan, RunPlan, plan_run
 from awqkit.pipeline.run import Run, run
@@ -58,6 +59,65 @@ class QuantizeResult:
     directory: Path
     report: Report
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A run as it is settled before its first byte is written.
+
+    rows: None for a recipe that looks at no text. settings: what the format puts into config.json. shapes: of every
+    linear that is quantized, by name. cautions: what whoever serves the result must know.
+    """
+
+    given: GivenModel
+    rows: CalibrationRows | None
+    job: Run
+    settings: dict[str, object]
+    shapes: dict[str, tuple[int, int]]
+    cautions: tuple[str, ...]
+
+
+def planned_run(
+    model: str | Path | PlainModel,
+    out: Path,
+    recipe: Recipe,
+    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None,
+    exclude_modules: frozenset[str],
+    options: RunOptions,
+    emit: Emit,
+) -> PlannedRun:
+    """Open and plan everything, and refuse what can be seen to be wrong. Raises AwqkitError."""
+    written = format_for(recipe)  # before a hub model is fetched
+    device = choose_device(options.device)
+    found = find_given(model)
+    refuse_output(out, found if isinstance(found, Path) else None, options.overwrite)
+    given = open_given(found, given_name(model), device, options, needs_logits=recipe.needs_logits)
+    source, skeleton, is_plain = given.source, given.skeleton, given.folder is None
+    rows = _rows(given, recipe, calibration, exclude_modules)
+    if rows is not None:
+        emit(Notice(rows_text(rows.summary)))
+    stored_dtype = stored_dtype_of(source, recipe)
+    refuse_small_memory(block_weights(skeleton), "its weights in float32", device)  # which a look at it takes
+    plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, *_reader_rules(written, is_plain))
+    if rows is not None:
+        least = block_memory(skeleton, plan, recipe).least(rows.calibration.ids.shape[1])
+        refuse_small_memory(least, "weights and statistics in float32, one calibration row", device)
+    if recipe.group_size is None and plan.group_size != 128:
+        emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
+    scheme = Scheme.of(recipe, plan.group_size)
+    layout = plan_output(source, skeleton, plan, written, scheme)
+    for text in _unused_tensors(skeleton, layout):
+        emit(Notice(text))
+    # What servers must know of linears that are kept; none of them reads a plain module's folder.
+    split = ((), ()) if is_plain else _kept_and_all(skeleton, plan, layout)
+    settings = written.quantization_config(scheme, *split)
+    shapes = {linear.name: linear.shape for linear in plan.linears if linear.keep is None}
+    readers = [_NO_SERVER] if is_plain else written.cautions(shapes, scheme)
+    cautions = (*filter(None, [given.caution]), *readers)
+    for text in (*_idle_choices(recipe, plan, skeleton), *cautions):
+        emit(Caution(text))
+    job = Run(source, skeleton, recipe, plan, layout, written, device)
+    return PlannedRun(given, rows, job, settings, shapes, cautions)
 
 
 def quantize(
@@ -82,32 +142,9 @@ def quantize(
     recipe, options, out = recipe or Recipe.preset(DEFAULT_QUALITY), options or RunOptions(), Path(out)
     if report_page is not None:
         check_report_path(report_page, out)
-    written = format_for(recipe)  # before a hub model is fetched
-    device = choose_device(options.device)
-    found = find_given(model)
-    refuse_output(out, found if isinstance(found, Path) else None, options.overwrite)
-    given = open_given(found, given_name(model), device, options, needs_logits=recipe.needs_logits)
-    source, skeleton, is_plain = given.source, given.skeleton, given.folder is None
-    rows = _rows(given, recipe, calibration, exclude_modules)
-    if rows is not None:
-        emit(Notice(rows_text(rows.summary)))
-    stored_dtype = stored_dtype_of(source, recipe)
-    plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, *_reader_rules(written, is_plain))
-    if recipe.group_size is None and plan.group_size != 128:
-        emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
-    scheme = Scheme.of(recipe, plan.group_size)
-    layout = plan_output(source, skeleton, plan, written, scheme)
-    for text in _unused_tensors(skeleton, layout):
-        emit(Notice(text))
-    # What servers must know of linears that are kept; none of them reads a plain module's folder.
-    split = ((), ()) if is_plain else _kept_and_all(skeleton, plan, layout)
-    settings = written.quantization_config(scheme, *split)
-    shapes = {linear.name: linear.shape for linear in plan.linears if linear.keep is None}
-    readers = [_NO_SERVER] if is_plain else written.cautions(shapes, scheme)
-    cautions = (*filter(None, [given.caution]), *readers)
-    for text in (*_idle_choices(recipe, plan, skeleton), *cautions):
-        emit(Caution(text))
-    job = Run(source, skeleton, recipe, plan, layout, written, device)
+    planned = planned_run(model, out, recipe, calibration, exclude_modules, options, emit)
+    given, rows, job, device = planned.given, planned.rows, planned.job, planned.job.device
+    source, plan, layout = given.source, job.plan, job.layout
     versions = _versions()
     text = (None, None) if rows is None else (rows.calibration, rows.held_out)
     known = fingerprint(given, recipe, *text, versions["awqkit"])
@@ -123,6 +160,8 @@ def quantize(
             spare_bytes=durable_bytes(recipe, plan, *text),
         ) as writer,
     ):
+        if device.type == "cpu":
+            refuse_full_scratch(out, scratch_bytes(recipe, plan, text[0]), durable_bytes(recipe, plan, *text))
         _tell_of_another_environment(state, environment(device, versions), emit)
         generating = time.monotonic()
         if rows is not None:
@@ -132,11 +171,12 @@ def quantize(
         points = DurablePoints(state, writer, options.save_every)
         with tensor_cores(device):
             outcome = run(job, calibration_rows, held_out, writer, points, emit)
+        refuse_changed(given, known)
         report = Report(
             model=given.name,
             recipe=recipe if rows is None else replace(recipe, calibration=rows.summary.source),
             group_size=plan.group_size,
-            stored_dtype=str(stored_dtype).removeprefix("torch."),
+            stored_dtype=str(plan.stored_dtype).removeprefix("torch."),
             device=device.type,
             versions=versions,
             calibration=None if rows is None else rows.summary,
@@ -145,11 +185,11 @@ def quantize(
             source_bytes=source.total_bytes,
             written_bytes=sum(spec.num_bytes for spec in layout.specs),
             packed_bytes=sum(spec.num_bytes for spec in layout.specs if spec.name not in layout.kept),
-            quantized_weights=sum(rows_ * columns for rows_, columns in shapes.values()),
+            quantized_weights=sum(rows_ * columns for rows_, columns in planned.shapes.values()),
             dropped=layout.dropped,
-            cautions=cautions,
+            cautions=planned.cautions,
         )
-        _write_companions(writer, given, settings, _turned(plan), report)
+        _write_companions(writer, given, planned.settings, _turned(plan), report)
         seconds = time.monotonic() - started
         timings = {"seconds": seconds, "stages": {"generate": generate_seconds, **outcome.seconds}}
         writer.write_json(TIMINGS_FILE, timings)

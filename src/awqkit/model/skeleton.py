@@ -95,6 +95,10 @@ class Skeleton:
         parameters = ((name, tuple(value.shape), name in shared) for name, value in block.named_parameters())
         return (type(block), *parameters)
 
+    def block_elements(self, index: int) -> int:
+        """How many elements the parameters of a block have."""
+        return sum(value.numel() for value in self._block(index).parameters())
+
     def shared_by(self, index: int) -> Mapping[str, tuple[int, ...]]:
         """The parameters of a block, by their names in it, that others share: each with the numbers of all of them."""
         return self._shared_by[index]

@@ -176,7 +176,7 @@ def quantize_observed(
         rows, evidence_of = None, _on_the_original(originals)
         if quantized_stream is not None:
             rows = stack.enter_context(closing(StoppedRows(context, quantized_stream)))
-            evidence_of = _on_both_streams(context, observed, measured, originals, rows, held_out)
+            evidence_of = _on_both_streams(context, observed, measured, originals, rows, held_out, stage)
         stage("search")
         choice = choose(context, proofs.exact, measured, originals, evidence_of)
         refused, fallback, errors = proofs.refused, None, None
@@ -228,8 +228,12 @@ def _on_both_streams(
     originals: Mapping[str, Evidence],
     rows: StoppedRows,
     held_out: Stream | None,
+    stage: Stage,
 ) -> EvidenceOf:
-    """With propagation: the original's input as it was kept, and the one that the quantized stream reaches."""
+    """With propagation: the original's input as it was kept, and the one that the quantized stream reaches.
+
+    The way there is a stage of its own, "follow", amid the search.
+    """
     assert observed.kept is not None
     kept, structure = observed.kept, context.structure
     choices, picked = metric_choices(context.recipe), picked_inputs(context.structure)
@@ -263,6 +267,7 @@ def _on_both_streams(
     def of_every_token(
         entry: LinearInput, quantized: Mapping[str, QuantizedLinear], readers: Readers, *, for_others: bool = False
     ) -> Evidence:
+        stage("follow")
         pairs = ((part, kept.at(entry.first, part), inputs, mask) for part, inputs, mask in rows.at(entry, quantized))
         paired, checked = observe_pair(entry, pairs, context.device, observed.token_weight), None
         if context.recipe.propagation == AUTO and held_out is not None and held_out.quantized is not None:
@@ -272,6 +277,7 @@ def _on_both_streams(
                 (part, inputs, met, mask) for (part, inputs, mask), (_, met, _) in zip(original, reached, strict=True)
             )
             checked = observe_pair(entry, both, context.device)
+        stage("search")
         return propagated_evidence(paired, checked, readers, choices, for_others=for_others)
 
     return evidence

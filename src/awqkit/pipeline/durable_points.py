@@ -15,7 +15,7 @@ from awqkit.checkpoint.run_state import RunState
 from awqkit.checkpoint.writer import CheckpointWriter
 from awqkit.decisions import BlockDecision, as_json, block_decision_of
 from awqkit.numerics.grid import Grid, QuantizedWeight
-from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_step import BlockResult
 from awqkit.pipeline.context import Streams
 from awqkit.pipeline.plan import BlockPlan, RunPlan
@@ -30,6 +30,7 @@ class DurablePoints:
     def __init__(self, state: RunState, writer: CheckpointWriter, every: float) -> None:
         self._state, self._writer, self._every = state, writer, every
         self._since, self._due_after = time.monotonic(), every
+        self._batch_tokens = 0, 0
         self._results = [name for name in state.journal.get("files", ()) if name.startswith("block-")]
 
     @property
@@ -55,10 +56,26 @@ class DurablePoints:
         self._state.note(untuned=untuned)
         return untuned
 
+    def batch_tokens(self, ask: Callable[[], int]) -> tuple[int, int]:
+        """How many tokens a batch holds, by an earlier run or else by `ask`, and how often it was halved since."""
+        tokens, halved = self._state.journal.get("batch_tokens") or (ask(), 0)
+        self.note_batch_tokens(tokens, halved)
+        return tokens, halved
+
+    def note_halved(self) -> None:
+        """Batches have become half as large."""
+        tokens, halved = self._batch_tokens
+        self.note_batch_tokens(tokens, halved + 1)
+
+    def note_batch_tokens(self, tokens: int, halved: int) -> None:
+        """Keep what `batch_tokens` tells, with the next durable point: the last bits depend on it."""
+        self._batch_tokens = tokens, halved
+        self._state.note(batch_tokens=[tokens, halved])
+
     def restore(self, streams: Streams) -> None:
         """Put the streams where the earlier run's were."""
         tensors, forms = self._state.load(self._state.journal["states"]), self._state.journal["forms"]
-        for name, states in _named(streams).items():
+        for name, states in streams.named.items():
             start = f"{name}: "
             own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
             states.restore(own, forms[name])
@@ -107,7 +124,7 @@ class DurablePoints:
         states, forms, done = None, {}, len(decisions)
         if streams is not None:
             states, tensors = f"states-{done:05d}.safetensors", {}
-            for name, found in _named(streams).items():
+            for name, found in streams.named.items():
                 own, forms[name] = found.to_save()
                 tensors |= {f"{name}: {key}": value for key, value in own.items()}
             self._state.save(states, tensors)
@@ -130,18 +147,6 @@ class DurablePoints:
             self._state.record(rewriting=True)
 
 
-def _named(streams: Streams) -> dict[str, HiddenStates]:
-    """All that moves from block to block."""
-    found = {"calibration": streams.calibration.original, "probe": streams.probe}
-    if streams.calibration.quantized is not None:
-        found["calibration quantized"] = streams.calibration.quantized
-    if streams.held_out is not None:
-        found["held out"] = streams.held_out.original
-        if streams.held_out.quantized is not None:
-            found["held out quantized"] = streams.held_out.quantized
-    return found
-
-
 def durable_bytes(recipe: Recipe, plan: RunPlan, rows: TokenRows | None, held_out: TokenRows | None) -> int:
     """About how many bytes of disk durable points need at most, beside the checkpoint."""
     if rows is None:
@@ -151,6 +156,18 @@ def durable_bytes(recipe: Recipe, plan: RunPlan, rows: TokenRows | None, held_ou
     states = 4 * width * tokens * (2 if recipe.propagates else 1)
     codes = sum(shape[0] * shape[1] for shape in (linear.shape for linear in plan.linears if linear.keep is None))
     return 2 * states + (codes if recipe.tuning_epochs > 0 else 0)
+
+
+def scratch_bytes(recipe: Recipe, plan: RunPlan, rows: TokenRows | None) -> int:
+    """How many bytes of temporary files `kept_states` makes at most, where they do not go to the device."""
+    if rows is None:
+        return 0
+    width, tokens = plan.probe.hidden[0, 0].numel(), rows.ids.numel()
+    gradients = (len(plan.blocks) + 1) * width if recipe.sensitivity != "none" else 0
+    channels = [
+        sum(each.num_channels for each in block.structure.inputs if each.expert is None) for block in plan.blocks
+    ]
+    return 2 * tokens * (gradients + (max(channels) if recipe.propagates else 0))
 
 
 def written_before(state: RunState) -> dict[str, int | None]:

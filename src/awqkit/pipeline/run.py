@@ -20,12 +20,15 @@ from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.background_writes import BackgroundWrites
+from awqkit.pipeline.block_memory import block_memory, fitting_tokens
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
 from awqkit.pipeline.context import BlockContext, Streams
 from awqkit.pipeline.durable_points import DurablePoints
+from awqkit.pipeline.free_memory import free_bytes
 from awqkit.pipeline.layout import OutputLayout, packed_parts
 from awqkit.pipeline.plan import BlockPlan, RunPlan
 from awqkit.pipeline.read_ahead import ReadAhead
+from awqkit.pipeline.smaller_batches import begin_block, halve, no_room, run_again
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
 from awqkit.pipeline.tunable_block import TunableBlock
@@ -81,7 +84,7 @@ def run(
         if name not in in_blocks and not writer.has(name):
             _copy(job, name, writer, is_buffer=name in buffers)
     clock.enter("start")
-    streams = None if rows is None else _streams(job, rows, held_out, emit)
+    streams = None if rows is None else _streams(job, rows, held_out, points, emit)
     start, tuning = None, None
     if rows is not None and job.recipe.tuning_epochs > 0:
         no_room = points.why_not_tuned(lambda: why_not_tuned(job.recipe, job.plan, job.device))
@@ -102,6 +105,7 @@ def run(
             _finished_block(job, index, points) if start is not None else None for index in range(points.blocks)
         ]
         emit(TaskAdvanced(_TASK, points.blocks))
+    tunes = start is not None
     with ReadAhead(job.source, job.skeleton, job.device) as ahead, BackgroundWrites() as writes:
         for index in range(points.blocks, num_blocks):
             started = time.monotonic()
@@ -110,7 +114,7 @@ def run(
                 clock.enter(name)
                 emit(TaskAdvanced(_TASK, index, name))
 
-            result, block = _one_block(job, index, streams, stage, writer, ahead, writes, tunes=start is not None)
+            result, block = _one_block(job, index, streams, stage, writer, ahead, writes, points, emit, tunes=tunes)
             decisions.append(result.decision)
             tunable.append(block)
             clock.enter("save")
@@ -136,9 +140,14 @@ def run(
     return Outcome(tuple(decisions), tuning, {name: seconds for name, seconds in clock.seconds.items() if name})
 
 
-def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) -> Streams:
-    """Hidden states before the first block; for end-loss gradients the whole model runs forward and back before it."""
+def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, points: DurablePoints, emit: Emit) -> Streams:
+    """Hidden states before the first block; for end-loss gradients the whole model runs forward and back before it.
+
+    In batches that fit beside a block, or as an earlier run had them when it was stopped.
+    """
     steps, done = 2 * len(job.plan.blocks) - 1, 0  # there, and back to the second block
+    memory, length = block_memory(job.skeleton, job.plan, job.recipe), rows.ids.shape[1]
+    tokens, halved = points.batch_tokens(lambda: fitting_tokens(memory, job.device, free_bytes(job.device)))
 
     def step(index: int) -> None:
         nonlocal done
@@ -147,9 +156,25 @@ def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) 
 
     if job.recipe.sensitivity != "none":
         emit(TaskStarted(_GRADIENT_TASK, steps))
-    streams = start_streams(job.skeleton, job.recipe, rows, held_out, job.device, step)
+
+    def begin() -> Streams:
+        nonlocal done
+        done = 0
+        return start_streams(job.skeleton, job.recipe, rows, held_out, job.device, step, tokens_per_batch=tokens)
+
+    def smaller() -> int:
+        nonlocal tokens
+        if tokens <= length:
+            raise no_room("the model", memory, length, job.device)
+        tokens //= 2
+        points.note_batch_tokens(tokens, halved)
+        return max(tokens, length)
+
+    streams = run_again(begin, smaller, "hidden states before the first block", job.device, emit)
     if job.recipe.sensitivity != "none":
         emit(TaskFinished(_GRADIENT_TASK))
+    for _ in range(halved):
+        halve(streams, job.skeleton)
     return streams
 
 
@@ -157,13 +182,14 @@ def _finished_block(job: Run, index: int, points: DurablePoints) -> TunableBlock
     """A block that an earlier run has finished, as tuning needs it."""
     block = job.skeleton.load_block(index, job.device)
     try:
-        context = _context(job, index, block)
+        context = block_context(job, index, block)
         return tunable_block(context, points.result(context.block_plan, job.device))
     finally:
         job.skeleton.release_block(index)
 
 
-def _context(job: Run, index: int, block: nn.Module) -> BlockContext:
+def block_context(job: Run, index: int, block: nn.Module) -> BlockContext:
+    """What the steps of a block share, its weights being in memory."""
     parameters = {name: value.data for name, value in block.named_parameters()}
     return BlockContext(job.skeleton, job.plan, job.plan.blocks[index], job.recipe, block, parameters)
 
@@ -176,17 +202,33 @@ def _one_block(
     writer: CheckpointWriter,
     ahead: ReadAhead,
     writes: BackgroundWrites,
+    points: DurablePoints,
+    emit: Emit,
     *,
     tunes: bool,
 ) -> tuple[BlockResult, TunableBlock | None]:
-    stage("read")
-    block = job.skeleton.load_block(index, job.device, ahead.read)
-    ahead.ask(index + 1)
+    def quantized() -> tuple[BlockContext, BlockResult]:
+        stage("read")
+        if streams is not None:
+            begin_block(streams, job.device)
+        context = block_context(job, index, job.skeleton.load_block(index, job.device, ahead.read))
+        ahead.ask(index + 1)
+        return context, quantize_block(context, streams, stage)
+
+    def smaller() -> int | None:
+        job.skeleton.release_block(index)
+        if streams is None:
+            return None
+        memory, rows = block_memory(job.skeleton, job.plan, job.recipe), streams.calibration.original
+        if not halve(streams, job.skeleton):
+            raise no_room(job.plan.blocks[index].path, memory, rows.shape[1], job.device)
+        points.note_halved()
+        return rows.tokens_per_batch
+
     try:
-        context = _context(job, index, block)
-        result = quantize_block(context, streams, stage)
+        context, result = run_again(quantized, smaller, job.plan.blocks[index].path, job.device, emit)
         stage("write")
-        buffers = [name for name, _ in block.named_buffers()]
+        buffers = [name for name, _ in context.block.named_buffers()]
         writes.start(lambda: _write(job, context, buffers, result, writer))
         return result, tunable_block(context, result) if tunes else None
     finally:
@@ -198,7 +240,7 @@ def _write(
 ) -> None:
     """Pack the quantized linears of a block and write its other tensors in the dtype that the layout says."""
     path = context.block_plan.path
-    for part, tensor in _packed(job, context.block_plan, result.quantized):
+    for part, tensor in packed_tensors(job, context.block_plan, result.quantized):
         writer.write(part, tensor)
     stored = {
         disk: value
@@ -215,7 +257,9 @@ def _write(
                 _copy(job, disk, writer, is_buffer=name not in context.parameters)
 
 
-def _packed(job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight]) -> Iterator[tuple[str, torch.Tensor]]:
+def packed_tensors(
+    job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Name on disk and tensor of all that linears, by name inside the block, are packed into."""
     for name, weight in quantized.items():
         for disk, rows in packed_parts(job.skeleton, block, name).items():
@@ -235,7 +279,7 @@ def _rewrite(
 ) -> None:
     """Put what tuning moved in the place of what was written: linears by name, gains by parameter, in the block."""
     block = job.plan.blocks[index]
-    for part, tensor in _packed(job, block, linears):
+    for part, tensor in packed_tensors(job, block, linears):
         writer.rewrite(part, tensor)
     for name, value in gains.items():
         disk = job.skeleton.disk_name(f"{block.path}.{name}")

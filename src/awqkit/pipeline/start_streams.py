@@ -24,23 +24,25 @@ def start_streams(
     device: torch.device,
     step: Callable[[int], None],
     num_streams: int = 1,
+    tokens_per_batch: int | None = None,
 ) -> Streams:
     """All streams that the recipe needs. step(block): called after each block of the pass for end-loss gradients.
 
-    num_streams: see `HiddenStates`.
+    num_streams: see `HiddenStates`. tokens_per_batch: None for as many as suit the device.
     """
+    usual = tokens_per_batch or usual_tokens_per_batch(device)
 
     def stream(part: TokenRows, batch_divisor: int = 1) -> Stream:
-        tokens = usual_tokens_per_batch(device) // batch_divisor
+        tokens = max(1, usual // batch_divisor)
         original = HiddenStates(skeleton, part, device, tokens_per_batch=tokens, num_streams=num_streams)
         return Stream(original, original.copy() if recipe.propagates else None)
 
     gradients = None
     if recipe.sensitivity != "none":
-        gradients = measure_end_gradients(skeleton, rows, device, recipe.seed, step)
+        gradients = measure_end_gradients(skeleton, rows, device, recipe.seed, step, usual)
     return Streams(
         calibration=stream(rows, BATCH_DIVISOR if gradients is not None else 1),
-        probe=HiddenStates(skeleton, rows.rows(slice(0, _PROBE_ROWS)), device),
+        probe=HiddenStates(skeleton, rows.rows(slice(0, _PROBE_ROWS)), device, tokens_per_batch=usual),
         held_out=None if held_out is None else stream(held_out, _CHECK_BATCH_DIVISOR),
         gradients=gradients,
         weights=rows.weights,
