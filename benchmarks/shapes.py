@@ -56,7 +56,7 @@ def write_shape(name: str, out: Path, *, blocks: int, vocab: int | None = None, 
     config = {**SHAPES[name], "num_hidden_layers": blocks, "dtype": "bfloat16"}
     config["vocab_size"] = vocab or config["vocab_size"]
     specs = [TensorSpec(path, torch.bfloat16, shape) for path, shape in tensors(config)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
     with CheckpointWriter(out, plan_layout(specs), overwrite=False) as writer:
         for spec in specs:
             writer.write(spec.name, _values(spec, generator))
@@ -101,10 +101,10 @@ def _mlp(path: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, .
 
 def _values(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
     """N(0, 1 / in), so that hidden states stay of one size; norms around 1."""
-    found = torch.empty(spec.shape, dtype=spec.dtype)
+    found = torch.empty(spec.shape, dtype=spec.dtype, device=generator.device)
     if len(spec.shape) == 1:
-        return found.uniform_(0.5, 2.0, generator=generator)
-    return found.normal_(0.0, spec.shape[1] ** -0.5, generator=generator)
+        return found.uniform_(0.5, 2.0, generator=generator).cpu()
+    return found.normal_(0.0, spec.shape[1] ** -0.5, generator=generator).cpu()
 
 
 def main() -> None:

@@ -37,8 +37,9 @@ from awqkit.api.device import choose_device
 from awqkit.api.given_model import open_given
 from awqkit.checkpoint.reports import TIMINGS_FILE
 from awqkit.events import BlockFinished, Event, TaskAdvanced
+from awqkit.kernels.precision import tensor_cores
 from awqkit.model.block_calls import hand_on
-from awqkit.numerics.statistics import accumulate_gram_, empty_gram
+from awqkit.numerics.statistics import Gram, accumulate_gram_, empty_statistics, whole_groups
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.plan import discover_block, make_probe
 
@@ -47,6 +48,7 @@ PRESETS = ("fast", "balanced", "best")
 # again there, one for G, and for each of these two a pass back.
 FORWARDS = {"fast": 1, "balanced": 2, "best": 7}
 GRAMS = {"fast": 1, "balanced": 3, "best": 3}  # H; with propagation Ĥ and the cross term as well
+_GROUP = 128  # of the presets, where it divides
 _EXPERTS_MET = 8  # of a mixture, by each token
 
 
@@ -152,9 +154,10 @@ def floor(folder: Path, preset: str, ids: torch.Tensor, device: torch.device, wr
     def grams() -> None:
         for entry in structure.inputs:
             share = 1.0 if entry.expert is None else min(1.0, _EXPERTS_MET / max(structure.experts))
-            _gram(entry.num_channels, int(ids.numel() * share), device)
+            _gram(entry.num_channels, int(ids.numel() * share), device, _GROUP if preset == "fast" else None)
 
-    passes, each = _seconds(forward, device), _seconds(grams, device)
+    with tensor_cores(device):
+        passes, each = _seconds(forward, device), _seconds(grams, device)
     skeleton.release_block(index)
     with tempfile.NamedTemporaryFile(dir=folder.parent) as file:
         content = bytes(written)
@@ -162,8 +165,10 @@ def floor(folder: Path, preset: str, ids: torch.Tensor, device: torch.device, wr
     return {"read": read, "forward": FORWARDS[preset] * passes, "grams": GRAMS[preset] * each, "write": wrote}
 
 
-def _gram(channels: int, tokens: int, device: torch.device) -> None:
-    gram = empty_gram(channels, device)
+def _gram(channels: int, tokens: int, device: torch.device, group_size: int | None) -> None:
+    """H of an input, or its blocks of a group each where a preset looks at no more."""
+    empty = empty_statistics(channels, device, whole_groups(channels, group_size))
+    gram = Gram(empty.weight_sum, empty.gram)
     inputs = torch.ones(min(4096, max(1, tokens)), channels, device=device)
     for _ in range(max(1, tokens // len(inputs))):
         gram = accumulate_gram_(gram, inputs)

@@ -39,7 +39,7 @@ def _nothing_left(source: Path) -> bool:
     ("method", "free", "line"),
     [
         ("rtn", 100_000.0, r"needs at least 0\.0 GB \(its weights in float32\), and cpu has 0\.0 GB free"),
-        ("awq", 250_000.0, r"\(weights and statistics in float32, one calibration row\), and cpu has 0\.0 GB free"),
+        ("gptq", 250_000.0, r"\(weights and statistics in float32, one calibration row\), and cpu has 0\.0 GB free"),
     ],
 )
 def test_a_block_that_does_not_fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,5 +170,8 @@ def test_the_memory_of_a_block_is_counted_from_the_plan() -> None:
     context = block_context(tiny_model("llama"))
     found = block_memory(context.skeleton, context.plan, context.recipe)
     assert found.weights == 4 * sum(value.numel() for value in context.parameters.values())
-    assert found.statistics == 4 * (3 * 64**2 + 96**2)
+    group_size = context.plan.group_size
+    assert found.statistics == 4 * (3 * 64 + 96) * group_size  # blocks of H are enough here
+    gptq = block_memory(context.skeleton, context.plan, replace(context.recipe, rounding="gptq"))
+    assert gptq.statistics == 4 * (3 * 64**2 + 96**2)
     assert found.with_tokens(10) - found.with_tokens(9) == 4 * (3 * 64 + (3 * 64 + 96) + (3 * 64 + 2 * 32 + 2 * 96))

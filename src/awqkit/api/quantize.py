@@ -31,6 +31,7 @@ from awqkit.evaluation.fill_module import TURNED_KEY
 from awqkit.events import Caution, Emit, Notice, ignore_events
 from awqkit.formats.format import Format, format_for
 from awqkit.formats.scheme import Scheme
+from awqkit.kernels.precision import tensor_cores
 from awqkit.model.matrices import parameter_of
 from awqkit.model.plain_model import PlainModel
 from awqkit.model.skeleton import Skeleton
@@ -168,7 +169,8 @@ def quantize(
         generate_seconds = time.monotonic() - generating
         calibration_rows, held_out = (None, None) if rows is None else (rows.calibration, rows.held_out)
         points = DurablePoints(state, writer, options.save_every)
-        outcome = run(job, calibration_rows, held_out, writer, points, emit)
+        with tensor_cores(device):
+            outcome = run(job, calibration_rows, held_out, writer, points, emit)
         refuse_changed(given, known)
         report = Report(
             model=given.name,

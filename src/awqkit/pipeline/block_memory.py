@@ -9,6 +9,7 @@ import torch
 
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure, LinearInput
+from awqkit.numerics.statistics import whole_groups
 from awqkit.pipeline.activations import usual_tokens_per_batch
 from awqkit.pipeline.plan import RunPlan
 from awqkit.recipe import Recipe
@@ -56,15 +57,17 @@ def block_memory(skeleton: Skeleton, plan: RunPlan, recipe: Recipe) -> BlockMemo
     width = plan.probe.hidden[0, 0].numel()
     return max(
         (
-            _of_block(4 * skeleton.block_elements(index), plan.blocks[index].structure, recipe, width)
+            _of_block(4 * skeleton.block_elements(index), plan.blocks[index].structure, recipe, width, plan.group_size)
             for index in kinds.values()
         ),
         key=lambda found: found.fixed,
     )
 
 
-def _of_block(weights: int, structure: BlockStructure, recipe: Recipe, width: int) -> BlockMemory:
-    squares = [entry.num_channels**2 for entry in structure.inputs]
+def _of_block(weights: int, structure: BlockStructure, recipe: Recipe, width: int, group_size: int) -> BlockMemory:
+    channels = [entry.num_channels for entry in structure.inputs]
+    blocks = None if recipe.looks_across_groups else group_size
+    squares = [count * (whole_groups(count, blocks) or count) for count in channels]
     outputs = [view.shape[0] ** 2 for view in structure.linears] if recipe.sensitivity != "none" else []
     widest = max(squares) * (_METRIC_COPIES if recipe.rounding == "gptq" else 1)
     largest = max(rows * columns for rows, columns in (view.shape for view in structure.linears))

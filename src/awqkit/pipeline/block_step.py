@@ -20,11 +20,11 @@ from torch import Tensor
 
 from awqkit.decisions import BlockDecision, FoldDecision, KeptDecision, LinearDecision
 from awqkit.methods.evidence import Evidence, Readers, propagated_evidence
-from awqkit.methods.linear import QuantizedLinear
+from awqkit.methods.linear import QuantizedLinear, RestoredLinear
 from awqkit.model.block_calls import hand_on
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.grid import QuantizedWeight
-from awqkit.numerics.statistics import Statistics
+from awqkit.numerics.statistics import Statistics, in_blocks
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext, Stream, Streams
 from awqkit.pipeline.expert_tokens import picked_inputs
@@ -47,6 +47,7 @@ from awqkit.pipeline.search_block import (
     metric_choices,
     readers_named,
     readers_of,
+    restored_plainly,
 )
 from awqkit.pipeline.sensitivity import measure_sensitivity
 from awqkit.pipeline.stopped_rows import StoppedRows
@@ -84,9 +85,12 @@ class Observed:
     token_weight: Tensor | None
     kept: KeptInputs | None
 
-    def measured_for(self, recipe: Recipe) -> Measured:
-        """What a recipe gets of it: the same, whoever else asked for more."""
-        return Measured(self.statistics, self.row_weights if _weighs_rows(recipe) else {})
+    def measured_for(self, recipe: Recipe, group_size: int) -> Measured:
+        """What a recipe with groups of that size gets of it: the same, whoever else asked for more."""
+        statistics = self.statistics
+        if not recipe.looks_across_groups:
+            statistics = {first: in_blocks(each, group_size) for first, each in statistics.items()}
+        return Measured(statistics, self.row_weights if _weighs_rows(recipe) else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +147,10 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
     elif any(_weighs_rows(recipe) for recipe in recipes):
         row_weights = measure_row_weights(context, streams.probe)
     token_weight = streams.token_weight(index)
-    return Observed(observe(context, original, token_weight, kept), row_weights, token_weight, kept)
+    alone_in_groups = len(recipes) == 1 and not recipes[0].looks_across_groups
+    group_size = context.plan.group_size if alone_in_groups else None
+    statistics = observe(context, original, token_weight, kept, group_size)
+    return Observed(statistics, row_weights, token_weight, kept)
 
 
 def _weighs_rows(recipe: Recipe) -> bool:
@@ -163,7 +170,7 @@ def quantize_observed(
     quantized_stream: the calibration rows' where the recipe propagates. It and both of `held_out` move on to the
     block's output.
     """
-    measured = observed.measured_for(context.recipe)
+    measured = observed.measured_for(context.recipe, context.plan.group_size)
     originals = OriginalEvidences(context, measured)
     with ExitStack() as stack:
         rows, evidence_of = None, _on_the_original(originals)
@@ -187,7 +194,7 @@ def _better_held_out(
     context: BlockContext, held_out: Stream, choice: Choice, originals: Mapping[str, Evidence]
 ) -> tuple[Choice, list[FoldDecision], tuple[float, float], str | None]:
     """The choice, or plain rounding where that is better on held-out rows; then what was undone, errors, the reason."""
-    (plain, chosen), reached = check_held_out(context, held_out, (choose_plainly(context, {}), choice))
+    (plain, chosen), reached = check_held_out(context, held_out, (restored_plainly(context), choice.quantized))
     is_worse = chosen > plain
     if held_out.quantized is not None:
         held_out.quantized.take(reached[0 if is_worse else 1])
@@ -254,10 +261,12 @@ def _on_both_streams(
         if known is None or [id(each) for each in known[0]] != [id(each) for each in before]:
             whole = structure.input_of(source)
             readers = readers_named(context, whole.readers, measured)
-            found[source] = known = before, of_every_token(whole, quantized, readers)
+            found[source] = known = before, of_every_token(whole, quantized, readers, for_others=True)
         return replace(own, shift=known[1].shift, strength=known[1].strength)
 
-    def of_every_token(entry: LinearInput, quantized: Mapping[str, QuantizedLinear], readers: Readers) -> Evidence:
+    def of_every_token(
+        entry: LinearInput, quantized: Mapping[str, QuantizedLinear], readers: Readers, *, for_others: bool = False
+    ) -> Evidence:
         stage("follow")
         pairs = ((part, kept.at(entry.first, part), inputs, mask) for part, inputs, mask in rows.at(entry, quantized))
         paired, checked = observe_pair(entry, pairs, context.device, observed.token_weight), None
@@ -269,16 +278,17 @@ def _on_both_streams(
             )
             checked = observe_pair(entry, both, context.device)
         stage("search")
-        return propagated_evidence(paired, checked, readers, choices)
+        return propagated_evidence(paired, checked, readers, choices, for_others=for_others)
 
     return evidence
 
 
 def check_held_out(
-    context: BlockContext, stream: Stream, choices: tuple[Choice, ...]
+    context: BlockContext, stream: Stream, choices: tuple[Mapping[str, QuantizedLinear | RestoredLinear], ...]
 ) -> tuple[tuple[float, ...], list[HiddenStates]]:
-    """For each choice ‖Y−Ŷ‖² / ‖Y−X‖² of the block's output on held-out rows; the original ones move on to Y.
+    """For each choice of what stands for linears: ‖Y−Ŷ‖² / ‖Y−X‖² of the block's output on held-out rows.
 
+    The original rows move on to Y.
     Ŷ is computed from what the block will really get: the quantized stream's rows where there are any; then it is the
     second result, for each choice.
     """
@@ -293,7 +303,7 @@ def check_held_out(
             output, beside = hand_on(context.block, hidden, call)
             contribution += float((output - hidden)[real].square().sum())
             for position, choice in enumerate(choices):
-                with weights_replaced(context, choice.quantized):
+                with weights_replaced(context, choice):
                     found = hand_on(context.block, reached, own_call)
                 if outputs:
                     outputs[position].write(part, *found)

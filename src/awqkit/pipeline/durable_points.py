@@ -108,17 +108,19 @@ class DurablePoints:
                 quantized[name] = QuantizedWeight(value, grid)
         return BlockResult(quantized, stored, self.decisions[block.index])
 
-    def after_block(
+    def is_due(self, num_blocks: int, done: int) -> bool:
+        """Whether it is time for one, after so many blocks."""
+        return time.monotonic() - self._since >= self._due_after and done < num_blocks
+
+    def make(
         self,
         num_blocks: int,
         decisions: Sequence[BlockDecision],
         streams: Streams | None,
         seconds: Mapping[str, float],
     ) -> None:
-        """Make one where it is time. decisions: of all blocks so far."""
+        """Make one, now that all blocks so far are written. decisions: theirs."""
         began = time.monotonic()
-        if began - self._since < self._due_after or len(decisions) == num_blocks:
-            return
         states, forms, done = None, {}, len(decisions)
         if streams is not None:
             states, tensors = f"states-{done:05d}.safetensors", {}

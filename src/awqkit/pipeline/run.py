@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from awqkit.model.matrices import with_stacks_whole
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.background_writes import BackgroundWrites
 from awqkit.pipeline.block_memory import block_memory, fitting_tokens
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
 from awqkit.pipeline.context import BlockContext, Streams
@@ -26,6 +27,7 @@ from awqkit.pipeline.durable_points import DurablePoints
 from awqkit.pipeline.free_memory import free_bytes
 from awqkit.pipeline.layout import OutputLayout, packed_parts
 from awqkit.pipeline.plan import BlockPlan, RunPlan
+from awqkit.pipeline.read_ahead import ReadAhead
 from awqkit.pipeline.smaller_batches import begin_block, halve, no_room, run_again
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
@@ -103,23 +105,30 @@ def run(
             _finished_block(job, index, points) if start is not None else None for index in range(points.blocks)
         ]
         emit(TaskAdvanced(_TASK, points.blocks))
-    for index in range(points.blocks, num_blocks):
-        started = time.monotonic()
+    tunes = start is not None
+    with ReadAhead(job.source, job.skeleton, job.device) as ahead, BackgroundWrites() as writes:
+        for index in range(points.blocks, num_blocks):
+            started = time.monotonic()
 
-        def stage(name: str, index: int = index) -> None:
-            clock.enter(name)
-            emit(TaskAdvanced(_TASK, index, name))
+            def stage(name: str, index: int = index) -> None:
+                clock.enter(name)
+                emit(TaskAdvanced(_TASK, index, name))
 
-        result, block = _one_block(job, index, streams, stage, writer, points, emit, tunes=start is not None)
-        decisions.append(result.decision)
-        tunable.append(block)
-        clock.enter("save")
-        if block is not None:
-            points.keep_result(index, result)
-        points.after_block(num_blocks, decisions, streams, clock.seconds)
+            result, block = _one_block(job, index, streams, stage, writer, ahead, writes, points, emit, tunes=tunes)
+            decisions.append(result.decision)
+            tunable.append(block)
+            clock.enter("save")
+            if block is not None:
+                points.keep_result(index, result)
+            if points.is_due(num_blocks, len(decisions)):
+                writes.wait()
+                points.make(num_blocks, decisions, streams, clock.seconds)
+            clock.enter("")
+            emit(_finished(result.decision, num_blocks, time.monotonic() - started))
+            emit(TaskAdvanced(_TASK, index + 1))
+        clock.enter("write")
+        writes.wait()
         clock.enter("")
-        emit(_finished(result.decision, num_blocks, time.monotonic() - started))
-        emit(TaskAdvanced(_TASK, index + 1))
     emit(TaskFinished(_TASK))
     if start is not None and streams is not None:
         clock.enter("tune")
@@ -191,6 +200,8 @@ def _one_block(
     streams: Streams | None,
     stage: Stage,
     writer: CheckpointWriter,
+    ahead: ReadAhead,
+    writes: BackgroundWrites,
     points: DurablePoints,
     emit: Emit,
     *,
@@ -200,7 +211,8 @@ def _one_block(
         stage("read")
         if streams is not None:
             begin_block(streams, job.device)
-        context = block_context(job, index, job.skeleton.load_block(index, job.device))
+        context = block_context(job, index, job.skeleton.load_block(index, job.device, ahead.read))
+        ahead.ask(index + 1)
         return context, quantize_block(context, streams, stage)
 
     def smaller() -> int | None:
@@ -216,13 +228,16 @@ def _one_block(
     try:
         context, result = run_again(quantized, smaller, job.plan.blocks[index].path, job.device, emit)
         stage("write")
-        _write(job, context, result, writer)
+        buffers = [name for name, _ in context.block.named_buffers()]
+        writes.start(lambda: _write(job, context, buffers, result, writer))
         return result, tunable_block(context, result) if tunes else None
     finally:
         job.skeleton.release_block(index)
 
 
-def _write(job: Run, context: BlockContext, result: BlockResult, writer: CheckpointWriter) -> None:
+def _write(
+    job: Run, context: BlockContext, buffers: Sequence[str], result: BlockResult, writer: CheckpointWriter
+) -> None:
     """Pack the quantized linears of a block and write its other tensors in the dtype that the layout says."""
     path = context.block_plan.path
     for part, tensor in packed_tensors(job, context.block_plan, result.quantized):
@@ -232,7 +247,7 @@ def _write(job: Run, context: BlockContext, result: BlockResult, writer: Checkpo
         for name, changed in with_stacks_whole(context.parameters, result.stored).items()
         for disk, value in job.skeleton.parts(f"{path}.{name}", changed).items()
     }
-    for name in [*context.parameters, *(name for name, _ in context.block.named_buffers())]:
+    for name in [*context.parameters, *buffers]:
         for disk in job.skeleton.disk_names(f"{path}.{name}"):
             if disk in job.layout.packed or disk in job.layout.dropped:
                 continue
