@@ -30,6 +30,8 @@ from awqkit.pipeline.tuning_stage import why_not_tuned
 _TASK = "kind of block measured"
 _AT_ONCE = 256  # passages that a model writes at once, as in `model.generate`
 _TRIAL_BYTES = 1 << 25  # written and synced to see how fast the disk is
+_COMPUTING = ("prove", "observe", "search", "follow", "check", "advance", "round")
+_UPLOAD = 0.2  # of the time to read a block, for what is in memory already
 _SHARE_OF_FREE = 0.5  # as in `pipeline.tune`, for what the gradients of a step keep
 
 
@@ -212,8 +214,22 @@ def _seconds(
         codes = sum(count * cost.tuning.code_bytes for count, cost in costs if cost.tuning is not None)
         found["save"] = codes * per_byte
         found["tune"] = _tuning(job, rows, costs, head, num_blocks)
-    found["write"] += (written - outside) * per_byte
+    _overlap(found, num_blocks, (written - outside) * per_byte, beside_device=job.device.type == "cuda")
     return {stage: seconds for stage, seconds in found.items() if seconds > 0}
+
+
+def _overlap(seconds: dict[str, float], num_blocks: int, disk: float, *, beside_device: bool) -> None:
+    """Take off what is done while a block computes: writing the last one and, beside a device, packing and reading.
+
+    disk: seconds of writing all blocks. What is hidden is no more than what the blocks compute.
+    """
+    computing = sum(seconds.get(stage, 0.0) for stage in _COMPUTING)
+    pack, read = seconds.get("write", 0.0), seconds.get("read", 0.0)
+    behind = pack + disk if beside_device else disk
+    seconds["write"] = pack + disk - behind + max(behind / num_blocks, behind - computing)
+    if beside_device:
+        ahead = read * (num_blocks - 1) / num_blocks
+        seconds["read"] = read - ahead + max(_UPLOAD * ahead, ahead - computing)
 
 
 def _outside(job: Run) -> set[str]:
