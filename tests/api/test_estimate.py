@@ -15,6 +15,7 @@ from awqkit.checkpoint.reports import TIMINGS_FILE
 from awqkit.cli.main import main
 from awqkit.errors import NoRoomError, UsageError
 from awqkit.pipeline import block_cost
+from awqkit.pipeline.estimate import _overlap
 
 CHOICES = {"group_size": 32, "bits": 3, "format": "compressed-tensors"}
 RECIPES = {
@@ -80,3 +81,12 @@ def test_the_command_line_prints_it_and_writes_nothing(tmp_path: Path, capsys: p
     assert "Nothing was written." in printed
     assert json.loads(page.read_text(encoding="utf-8"))["measured_blocks"] == 1
     assert {path.name for path in tmp_path.iterdir()} == {"source", "estimate.json"}
+
+
+def test_what_goes_on_beside_the_computation_takes_no_time_of_its_own() -> None:
+    gpu = {"read": 40.0, "observe": 100.0, "write": 8.0}
+    _overlap(gpu, 4, 12.0, beside_device=True)
+    assert gpu == {"read": pytest.approx(10 + 6), "observe": 100.0, "write": pytest.approx(5.0)}
+    slow_disk = {"read": 1.0, "observe": 10.0, "write": 2.0}
+    _overlap(slow_disk, 4, 30.0, beside_device=False)
+    assert slow_disk == {"read": 1.0, "observe": 10.0, "write": pytest.approx(2 + 20)}
