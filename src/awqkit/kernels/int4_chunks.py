@@ -6,8 +6,7 @@ No weight is rounded: Δ is kept in the narrowest dtype that holds it exactly. F
 dequantized instead, rounded to the dtype of x like that of a dense model, and multiplied by torch.
 
 A chunk is gcd(group size, 128) input channels of one output feature: W words of int32, W = chunk / 8. Code i of word j,
-at bits 4i, is channel i · W + j of the chunk, so the inputs of one i are neighbours. Words of a chunk lie beside those of
-the next output feature: whatever a program takes at once is contiguous.
+at bits 4i, is channel i · W + j of the chunk, so the inputs of one i are neighbours.
 
 The Triton bodies are in `int4_chunks_triton`; the torch ones here are the reference, and what a CPU runs.
 """
@@ -31,7 +30,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class PackedChunks:
-    """A 4-bit weight. words: int32 `[chunks, out, W]`; scale: Δ `[groups, out]`, 16 or 32 bits; zero: z, uint8, like scale."""
+    """A 4-bit weight. words: int32 `[out, chunks, W]`; scale: Δ `[out, groups]`, 16 or 32 bits; zero: z, uint8, like scale."""
 
     words: Tensor
     scale: Tensor
@@ -57,15 +56,14 @@ def pack_chunks(codes: Tensor, group_scale: Tensor, group_zero: Tensor, group_si
     words = torch.zeros(places.shape[0], places.shape[1], num_words, dtype=torch.int32, device=codes.device)
     for place in range(8):
         words |= places[:, :, place].to(torch.int32) << 4 * place
-    scale = _narrowest(group_scale.to(torch.float32)).t().contiguous()
-    return PackedChunks(words.transpose(0, 1).contiguous(), scale, group_zero.t().to(torch.uint8).contiguous())
+    scale = _narrowest(group_scale.to(torch.float32)).contiguous()
+    return PackedChunks(words, scale, group_zero.to(torch.uint8).contiguous())
 
 
 def unpack_codes(words: Tensor) -> Tensor:
-    """The codes `[out, in]` uint8 of words `[chunks, out, W]`."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
-    codes = (words.transpose(0, 1).unsqueeze(2) >> shifts.reshape(1, 1, 8, 1)) & 15
-    return codes.to(torch.uint8).reshape(words.shape[1], -1)
+    """The codes `[out, in]` uint8 of words `[out, chunks, W]`."""
+    codes = torch.stack([words >> shift & 15 for shift in range(0, 32, 4)], dim=2)
+    return codes.to(torch.uint8).reshape(len(words), -1)
 
 
 def chunks_matmul(x: Tensor, weight: PackedChunks) -> Tensor:
@@ -78,9 +76,9 @@ def dequantize_chunks(words: Tensor, scale: Tensor, zero: Tensor, dtype: torch.d
     if words.is_cuda:
         with torch.cuda.device(words.device):
             return _triton().dequantize(words, scale, zero, dtype)
-    codes = unpack_codes(words).reshape(words.shape[1], scale.shape[0], -1).to(torch.float32)
-    weight = (codes - zero.t().unsqueeze(-1).float()) * scale.t().unsqueeze(-1).float()
-    return weight.reshape(words.shape[1], -1).to(dtype)
+    codes = unpack_codes(words).reshape(*scale.shape, -1).to(torch.float32)
+    weight = (codes - zero.unsqueeze(-1).float()) * scale.unsqueeze(-1).float()
+    return weight.reshape(len(words), -1).to(dtype)
 
 
 def _reference(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -93,11 +91,11 @@ def _on_gpu(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         if len(rows) == 0 or len(rows) > _MOST_ROWS:
             return F.linear(x, _triton().dequantize(words, scale, zero, x.dtype))
         product = _triton().one_row if len(rows) == 1 else _triton().few_rows
-        return product(rows, words, scale, zero).reshape(*x.shape[:-1], words.shape[1])
+        return product(rows, words, scale, zero).reshape(*x.shape[:-1], len(words))
 
 
 def _shape_alone(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], words.shape[1])
+    return x.new_empty(*x.shape[:-1], len(words))
 
 
 def _narrowest(scale: Tensor) -> Tensor:

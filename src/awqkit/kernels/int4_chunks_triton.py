@@ -11,103 +11,90 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ONE_ROW_TILE = (16, 8)  # output features of a program, warps
-_FEW_ROWS_TILE = (32, 4)
+_ONE_ROW_TILE = (16, 4)  # output features of a program, warps
+_FEW_ROWS_TILE = (64, 4)
 _DEQUANTIZE_TILE = (64, 4)
-_LEAST_OUT = 16  # the narrowest product of tl.dot
+_LEAST_ROWS = 16  # of a product of tl.dot
+_WORDS_A_WARP = 128  # of one output feature at a time: four a lane, 512 bytes in a piece
 _PROGRAMS = 512  # enough to keep every multiprocessor of a large GPU reading
+# An argument of the kernels: in a register once, where a constant is moved there for every code
+_MASK = 15
 
 
 @triton.jit
-def _code(words, place: tl.constexpr):
-    """The codes at bits 4 · place of int32 words, float32."""
-    if place < 5:
-        bits = (words & (15 << (4 * place))) | ((150 - 4 * place) << 23)
-        code = bits.to(tl.float32, bitcast=True) - float(1 << (23 - 4 * place))
-    else:
-        bits = ((words >> 20) & (15 << (4 * (place - 5)))) | ((150 - 4 * (place - 5)) << 23)
-        code = bits.to(tl.float32, bitcast=True) - float(1 << (23 - 4 * (place - 5)))
-    return code
+def _step(words, zero, mask, place: tl.constexpr):
+    """q − z of the codes at bits 4 · place of int32 words, float32; exact, also where zero is added to the power first."""
+    at: tl.constexpr = place if place < 5 else place - 5
+    moved = words if place < 5 else words >> 20
+    bits = (moved & (mask << (4 * at))) | ((150 - 4 * at) << 23)
+    return bits.to(tl.float32, bitcast=True) - (zero + float(1 << (23 - 4 * at)))
 
 
 @triton.jit
 def _one_row_kernel(
     x, words, scale, zero, out,
-    num_out, num_chunks, chunks_a_group,
-    WORDS: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
+    num_out, num_chunks, num_groups, mask,
+    CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    # SPLIT chunks at a time, [SPLIT, OUT, WORDS], so that many warps read even where there are few output features
-    part = tl.arange(0, SPLIT)[:, None, None]
-    feature = tl.program_id(0) * OUT + tl.arange(0, OUT)[None, :, None]
-    word = tl.arange(0, WORDS)[None, None, :]
-    real_feature = feature < num_out
-    total = tl.zeros((SPLIT, OUT, WORDS), dtype=tl.float32)
-    ahead = tl.load(
-        words + (part * num_out + feature) * WORDS + word,
-        mask=real_feature & (part < num_chunks), other=0, eviction_policy="evict_first",
-    )  # fmt: skip
-    for first in range(0, num_chunks, SPLIT):
-        here, later = first + part, first + SPLIT + part
-        now = ahead
-        ahead = tl.load(
-            words + (later * num_out + feature) * WORDS + word,
-            mask=real_feature & (later < num_chunks), other=0, eviction_policy="evict_first",
-        )  # fmt: skip
-        group_at = (here // chunks_a_group) * num_out + feature
-        real = real_feature & (here < num_chunks)
-        step = tl.load(scale + group_at, mask=real, other=0.0).to(tl.float32)
-        shift = tl.load(zero + group_at, mask=real, other=0).to(tl.float32)
-        x_at = here * (8 * WORDS) + word
-        product = tl.zeros((SPLIT, OUT, WORDS), dtype=tl.float32)
-        x_sum = tl.zeros((SPLIT, 1, WORDS), dtype=tl.float32)
-        for place in tl.static_range(8):
-            inputs = tl.load(x + x_at + place * WORDS, mask=here < num_chunks, other=0.0).to(tl.float32)
-            product += _code(now, place) * inputs
-            x_sum += inputs
-        total += (product - shift * x_sum) * step
+    # [OUT, SPLIT, WORDS]: a warp has whole features, a lane the same channels of several of them, so x is read once.
+    # Nothing is masked: what lies outside is something inside read again, with Δ = 0
     features = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    result = tl.sum(tl.sum(total, axis=2), axis=0)
+    feature = tl.minimum(features, num_out - 1)[:, None, None]
+    part, word = tl.arange(0, SPLIT)[None, :, None], tl.arange(0, WORDS)[None, None, :]
+    total = tl.zeros((OUT, SPLIT, WORDS), dtype=tl.float32)
+    row = words + feature * num_chunks * WORDS + word
+    ahead = tl.load(row + tl.minimum(part, num_chunks - 1) * WORDS, eviction_policy="evict_first")
+    for first in range(0, num_chunks, SPLIT):
+        now, here = ahead, tl.minimum(first + part, num_chunks - 1)
+        later = tl.minimum(first + SPLIT + part, num_chunks - 1)
+        ahead = tl.load(row + later * WORDS, eviction_policy="evict_first")
+        group_at = feature * num_groups + here // CHUNKS_A_GROUP
+        step = tl.where(first + part < num_chunks, tl.load(scale + group_at).to(tl.float32), 0.0)
+        shift = tl.load(zero + group_at).to(tl.float32)
+        product = tl.zeros((OUT, SPLIT, WORDS), dtype=tl.float32)
+        for place in tl.static_range(8):
+            inputs = tl.load(x + here * (8 * WORDS) + place * WORDS + word).to(tl.float32)
+            product += _step(now, shift, mask, place) * inputs
+        total += product * step
+    result = tl.sum(tl.sum(total, axis=2), axis=1)
     tl.store(out + features, result.to(out.dtype.element_ty), mask=features < num_out)
 
 
 @triton.jit
 def _few_rows_kernel(
     x, words, scale, zero, partial,
-    num_rows, num_out, num_in, num_chunks, chunks_a_group, chunks_a_program,
-    WORDS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
+    num_rows, num_out, num_chunks, num_groups, chunks_a_program, mask,
+    CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows, features = tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT)
     word, column = tl.arange(0, WORDS), tl.arange(0, 8 * WORDS)
-    real_rows, real_features = rows < num_rows, features < num_out
+    real_rows, feature = rows < num_rows, tl.minimum(features, num_out - 1)
     total = tl.zeros((ROWS, OUT), dtype=tl.float32)
     first = tl.program_id(1) * chunks_a_program
     for chunk in range(first, tl.minimum(first + chunks_a_program, num_chunks)):
         now = tl.load(
-            words + (chunk * num_out + features[:, None]) * WORDS + word[None, :],
-            mask=real_features[:, None], other=0, eviction_policy="evict_first",
-        )  # fmt: skip
-        group_at = (chunk // chunks_a_group) * num_out + features
-        step = tl.load(scale + group_at, mask=real_features, other=0.0).to(tl.float32)
-        shift = tl.load(zero + group_at, mask=real_features, other=0).to(tl.float32)[:, None]
-        inputs = tl.load(
-            x + rows[:, None] * num_in + chunk * (8 * WORDS) + column[None, :], mask=real_rows[:, None], other=0.0
+            words + (feature[:, None] * num_chunks + chunk) * WORDS + word[None, :], eviction_policy="evict_first"
         )
+        group_at = feature * num_groups + chunk // CHUNKS_A_GROUP
+        step = tl.load(scale + group_at).to(tl.float32)
+        shift = tl.load(zero + group_at).to(tl.float32)[:, None]
+        x_at = (rows[:, None] * num_chunks + chunk) * (8 * WORDS) + column[None, :]
+        inputs = tl.load(x + x_at, mask=real_rows[:, None], other=0.0)
         # whole numbers of at most 15 are exact in every dtype; joined they are [OUT, WORDS, place in three bits]
         kind = x.dtype.element_ty
         evens = tl.join(
-            tl.join((_code(now, 0) - shift).to(kind), (_code(now, 4) - shift).to(kind)),
-            tl.join((_code(now, 2) - shift).to(kind), (_code(now, 6) - shift).to(kind)),
+            tl.join(_step(now, shift, mask, 0).to(kind), _step(now, shift, mask, 4).to(kind)),
+            tl.join(_step(now, shift, mask, 2).to(kind), _step(now, shift, mask, 6).to(kind)),
         )
         odds = tl.join(
-            tl.join((_code(now, 1) - shift).to(kind), (_code(now, 5) - shift).to(kind)),
-            tl.join((_code(now, 3) - shift).to(kind), (_code(now, 7) - shift).to(kind)),
+            tl.join(_step(now, shift, mask, 1).to(kind), _step(now, shift, mask, 5).to(kind)),
+            tl.join(_step(now, shift, mask, 3).to(kind), _step(now, shift, mask, 7).to(kind)),
         )
-        steps = tl.join(evens, odds)  # last three: bit 2, bit 1, bit 0 of the place
-        turned = tl.reshape(tl.permute(steps, (2, 3, 4, 1, 0)), (8 * WORDS, OUT))
-        # ieee: a no-op for 16 bits on the GPU
-        total += tl.dot(inputs, turned, input_precision="ieee") * step[None, :]
+        steps = tl.permute(tl.join(evens, odds), (2, 3, 4, 1, 0))
+        total += tl.dot(inputs, tl.reshape(steps, (8 * WORDS, OUT))) * step[None, :]
     at = (tl.program_id(1) * num_rows + rows[:, None]) * num_out + features[None, :]
-    tl.store(partial + at, total.to(partial.dtype.element_ty), mask=real_rows[:, None] & real_features[None, :])
+    real = real_rows[:, None] & (features < num_out)[None, :]
+    tl.store(partial + at, total.to(partial.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -121,17 +108,19 @@ def _sum_kernel(partial, out, count, num_partials, SIZE: tl.constexpr):
 
 @triton.jit
 def _dequantize_kernel(
-    words, scale, zero, out, num_out, num_in, chunks_a_group, WORDS: tl.constexpr, OUT: tl.constexpr
-):
+    words, scale, zero, out,
+    num_out, num_chunks, num_groups, mask,
+    CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
     feature = tl.program_id(0) * OUT + tl.arange(0, OUT)[:, None]
     word, chunk, real = tl.arange(0, WORDS)[None, :], tl.program_id(1), feature < num_out
-    now = tl.load(words + (chunk * num_out + feature) * WORDS + word, mask=real, other=0)
-    group_at = (chunk // chunks_a_group) * num_out + feature
+    now = tl.load(words + (feature * num_chunks + chunk) * WORDS + word, mask=real, other=0)
+    group_at = feature * num_groups + chunk // CHUNKS_A_GROUP
     step = tl.load(scale + group_at, mask=real, other=0.0).to(tl.float32)
     shift = tl.load(zero + group_at, mask=real, other=0).to(tl.float32)
-    at = feature.to(tl.int64) * num_in + chunk * (8 * WORDS) + word
+    at = (feature.to(tl.int64) * num_chunks + chunk) * (8 * WORDS) + word
     for place in tl.static_range(8):
-        value = (_code(now, place) - shift) * step
+        value = _step(now, shift, mask, place) * step
         tl.store(out + at + place * WORDS, value.to(out.dtype.element_ty), mask=real)
 
 
@@ -139,13 +128,11 @@ def one_row(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, tile: tuple[int, int] = _ONE_ROW_TILE
 ) -> Tensor:
     """x `[1, in]` -> `[1, out]`; the rest as in `int4_chunks.PackedChunks`. tile: output features, warps of a program."""
-    chunks, out_features, num_words = words.shape
-    out, (width, warps) = x.new_empty(1, out_features), tile
-    # two vectors of four words a thread
-    split = max(1, min(triton.next_power_of_2(chunks), 256 * warps // (width * num_words)))
+    (out_features, chunks, num_words), groups, (width, warps) = words.shape, scale.shape[1], tile
+    out = x.new_empty(1, out_features)
     _one_row_kernel[(triton.cdiv(out_features, width),)](
-        x, words, scale, zero, out, out_features, chunks, chunks // scale.shape[0],
-        WORDS=num_words, SPLIT=split, OUT=width, num_warps=warps,
+        x, words, scale, zero, out, out_features, chunks, groups, _MASK, CHUNKS_A_GROUP=chunks // groups,
+        WORDS=num_words, SPLIT=_WORDS_A_WARP // num_words, OUT=width, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -155,15 +142,16 @@ def few_rows(
     tile: tuple[int, int] = _FEW_ROWS_TILE, programs: int = _PROGRAMS,
 ) -> Tensor:  # fmt: skip
     """x `[rows, in]` contiguous -> `[rows, out]`, rows at most 64; programs: how many to aim at by splitting the chunks."""
-    chunks, out_features, num_words = words.shape
-    (rows, in_features), (width, warps) = x.shape, tile
-    out, across = x.new_empty(rows, out_features), triton.cdiv(out_features, width)
+    (out_features, chunks, num_words), groups, (width, warps) = words.shape, scale.shape[1], tile
+    rows, across = len(x), triton.cdiv(out_features, width)
     each = triton.cdiv(chunks, max(1, min(chunks, programs // across)))
     parts = triton.cdiv(chunks, each)
+    out = x.new_empty(rows, out_features)
     partial = out if parts == 1 else x.new_empty(parts, rows, out_features, dtype=torch.float32)
     _few_rows_kernel[(across, parts)](
-        x, words, scale, zero, partial, rows, out_features, in_features, chunks, chunks // scale.shape[0], each,
-        WORDS=num_words, OUT=width, ROWS=max(_LEAST_OUT, triton.next_power_of_2(rows)), num_warps=warps,
+        x, words, scale, zero, partial, rows, out_features, chunks, groups, each, _MASK,
+        CHUNKS_A_GROUP=chunks // groups, WORDS=num_words, OUT=width,
+        ROWS=max(_LEAST_ROWS, triton.next_power_of_2(rows)), num_warps=warps,
     )  # fmt: skip
     if parts > 1:
         _sum_kernel[(triton.cdiv(out.numel(), 512),)](partial, out, out.numel(), parts, SIZE=512, num_warps=4)
@@ -172,11 +160,10 @@ def few_rows(
 
 def dequantize(words: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
     """(q − z) · Δ in float32, rounded to `dtype`, `[out, in]`."""
-    chunks, out_features, num_words = words.shape
-    in_features, (width, warps) = chunks * 8 * num_words, _DEQUANTIZE_TILE
-    out = torch.empty(out_features, in_features, dtype=dtype, device=words.device)
+    (out_features, chunks, num_words), groups, (width, warps) = words.shape, scale.shape[1], _DEQUANTIZE_TILE
+    out = torch.empty(out_features, chunks * 8 * num_words, dtype=dtype, device=words.device)
     _dequantize_kernel[(triton.cdiv(out_features, width), chunks)](
-        words, scale, zero, out, out_features, in_features, chunks // scale.shape[0],
-        WORDS=num_words, OUT=width, num_warps=warps,
+        words, scale, zero, out, out_features, chunks, groups, _MASK,
+        CHUNKS_A_GROUP=chunks // groups, WORDS=num_words, OUT=width, num_warps=warps,
     )  # fmt: skip
     return out
