@@ -1,7 +1,6 @@
-"""The chunked int4 layout and its bodies against products in float64: Triton on a GPU where there is one, else interpreted.
+"""The chunked int4 layout and its bodies against products in float64: on a GPU where there is one, else interpreted.
 
-The interpreter is chosen by an environment variable that is read when triton is imported, so it runs in a process of its
-own.
+The interpreter is chosen by an environment variable that is read when triton is imported: it has a process of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ needs_triton = pytest.mark.skipif(
 )
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
-# out, in, group size: usual; narrow groups; one scale per row; chunks that no split divides; features that no tile divides
+# out, in, group size: usual; narrow groups; one scale per row; chunks that no split divides, features that no tile does
 SHAPES = [(64, 512, 128), (48, 256, 32), (40, 64, 16), (32, 576, 576), (24, 1408, 128), (37, 384, 64), (16, 480, 96)]
 ROWS = [1, 2, 8, 17, 33]
 # of the norm of a product: one rounding of the result, and sums of products in float32 in any order
@@ -63,9 +62,7 @@ def packed(weight: QuantizedWeight) -> PackedChunks:
     return pack_chunks(weight.codes, weight.grid.group_scale, weight.grid.group_zero, weight.grid.group_size)
 
 
-def compare(
-    out_features: int, in_features: int, group_size: int, device: str, dtypes: tuple[torch.dtype, ...]
-) -> None:
+def compare(out_features: int, in_features: int, group_size: int, device: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """The Triton bodies on one shape against float64; raises AssertionError where they differ."""
     from awqkit.kernels import int4_chunks_triton
 
@@ -125,7 +122,15 @@ def test_the_reference_rounds_only_its_result(dtype: torch.dtype, symmetric: boo
 
 @pytest.mark.parametrize(
     ("in_features", "group_size", "fits"),
-    [(4096, 128, True), (4096, 16, True), (576, 576, True), (96, 48, True), (64, 8, False), (100, 100, False), (96, 64, False)],
+    [
+        (4096, 128, True),
+        (4096, 16, True),
+        (576, 576, True),
+        (96, 48, True),
+        (64, 8, False),
+        (100, 100, False),
+        (96, 64, False),
+    ],
 )
 def test_groups_that_can_be_cut_into_chunks(in_features: int, group_size: int, fits: bool) -> None:
     assert chunks_fit(in_features, group_size) == fits

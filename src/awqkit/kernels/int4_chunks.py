@@ -30,7 +30,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class PackedChunks:
-    """A 4-bit weight. words: int32 `[out, chunks, W]`; scale: Δ `[out, groups]`, 16 or 32 bits; zero: z, uint8, like scale."""
+    """A 4-bit weight. words: int32 `[out, chunks, W]`; scale: Δ `[out, groups]` in 16 or 32 bits; zero: z, uint8."""
 
     words: Tensor
     scale: Tensor
@@ -45,7 +45,7 @@ def chunks_take(device: torch.device, dtype: torch.dtype, in_features: int, grou
 
 
 def chunks_fit(in_features: int, group_size: int) -> bool:
-    """Whether a weight can be cut into chunks: groups of a multiple of 16 channels, or one scale per row of such a length."""
+    """Whether a weight can be cut into chunks: groups, or whole rows with one scale, of a multiple of 16 channels."""
     return in_features % group_size == 0 and group_size % _SMALLEST_CHUNK == 0
 
 
@@ -88,7 +88,7 @@ def _reference(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 def _on_gpu(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     with torch.cuda.device(x.device):
-        if len(rows) == 0 or len(rows) > _MOST_ROWS:
+        if not 0 < len(rows) <= _MOST_ROWS or x.dtype not in _DTYPES:
             return F.linear(x, _triton().dequantize(words, scale, zero, x.dtype))
         product = _triton().one_row if len(rows) == 1 else _triton().few_rows
         return product(rows, words, scale, zero).reshape(*x.shape[:-1], len(words))

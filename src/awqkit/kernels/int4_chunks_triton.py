@@ -1,7 +1,7 @@
 """Triton bodies of `int4_chunks`: one row, few rows, and the weight itself.
 
-Imported only where a GPU and Triton are there. Codes become float32 without a conversion instruction (few a clock): a code
-put below the exponent of 2²³⁻ˢ, s its lowest bit, is that power plus the code, exactly.
+Imported only where a GPU and Triton are there. Codes become float32 without a conversion instruction (few a clock): a
+code put below the exponent of 2²³⁻ˢ, s its lowest bit, is that power plus the code, exactly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ONE_ROW_TILE = (16, 4)  # output features of a program, warps
+# Output features of a program, warps. Fewer scales at a time than lanes: else they go through shared memory
+_ONE_ROW_TILE, _ONE_ROW_TILE_OF_8_WORDS = (16, 8), (8, 8)
 _FEW_ROWS_TILE = (64, 4)
 _DEQUANTIZE_TILE = (64, 4)
 _LEAST_ROWS = 16  # of a product of tl.dot
@@ -23,7 +24,7 @@ _MASK = 15
 
 @triton.jit
 def _step(words, zero, mask, place: tl.constexpr):
-    """q − z of the codes at bits 4 · place of int32 words, float32; exact, also where zero is added to the power first."""
+    """q − z of the codes at bits 4 · place of int32 words, float32; exact, though zero is added to the power first."""
     at: tl.constexpr = place if place < 5 else place - 5
     moved = words if place < 5 else words >> 20
     bits = (moved & (mask << (4 * at))) | ((150 - 4 * at) << 23)
@@ -124,11 +125,10 @@ def _dequantize_kernel(
         tl.store(out + at + place * WORDS, value.to(out.dtype.element_ty), mask=real)
 
 
-def one_row(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, tile: tuple[int, int] = _ONE_ROW_TILE
-) -> Tensor:
-    """x `[1, in]` -> `[1, out]`; the rest as in `int4_chunks.PackedChunks`. tile: output features, warps of a program."""
-    (out_features, chunks, num_words), groups, (width, warps) = words.shape, scale.shape[1], tile
+def one_row(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+    """x `[1, in]` -> `[1, out]`; the rest as in `int4_chunks.PackedChunks`. tile: output features and warps."""
+    (out_features, chunks, num_words), groups = words.shape, scale.shape[1]
+    width, warps = tile or (_ONE_ROW_TILE_OF_8_WORDS if num_words == 8 else _ONE_ROW_TILE)
     out = x.new_empty(1, out_features)
     _one_row_kernel[(triton.cdiv(out_features, width),)](
         x, words, scale, zero, out, out_features, chunks, groups, _MASK, CHUNKS_A_GROUP=chunks // groups,
@@ -139,10 +139,10 @@ def one_row(
 
 def few_rows(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor,
-    tile: tuple[int, int] = _FEW_ROWS_TILE, programs: int = _PROGRAMS,
+    tile: tuple[int, int] | None = None, programs: int = _PROGRAMS,
 ) -> Tensor:  # fmt: skip
-    """x `[rows, in]` contiguous -> `[rows, out]`, rows at most 64; programs: how many to aim at by splitting the chunks."""
-    (out_features, chunks, num_words), groups, (width, warps) = words.shape, scale.shape[1], tile
+    """x `[rows, in]` contiguous -> `[rows, out]`, rows at most 64; programs: how many to split the chunks for."""
+    (out_features, chunks, num_words), groups, (width, warps) = words.shape, scale.shape[1], tile or _FEW_ROWS_TILE
     rows, across = len(x), triton.cdiv(out_features, width)
     each = triton.cdiv(chunks, max(1, min(chunks, programs // across)))
     parts = triton.cdiv(chunks, each)
