@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Output features of a program, warps. Fewer scales at a time than lanes: else they go through shared memory
-_ONE_ROW_TILE, _ONE_ROW_TILE_OF_8_WORDS = (16, 8), (8, 8)
+# Output features of a program and warps, by words of a chunk. Fewer scales and inputs at a time than lanes: else Triton
+# takes them through shared memory
+_ONE_ROW_TILES = {16: (16, 8), 8: (8, 8), 4: (8, 16), 2: (4, 16)}
 _FEW_ROWS_TILE = (64, 4)
 _DEQUANTIZE_TILE = (64, 4)
 _LEAST_ROWS = 16  # of a product of tl.dot
@@ -37,18 +38,20 @@ def _one_row_kernel(
     num_out, num_chunks, num_groups, mask,
     CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    # [OUT, SPLIT, WORDS]: a warp has whole features, a lane the same channels of several of them, so x is read once.
-    # Nothing is masked: what lies outside is something inside read again, with Δ = 0
+    # A warp has whole features, a lane the same channels of several of them, so that x is read once. That follows from
+    # loading words in two dimensions; the third tells chunks apart. What lies outside counts with Δ = 0
     features = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    feature = tl.minimum(features, num_out - 1)[:, None, None]
+    feature = tl.minimum(features, num_out - 1)
+    column = tl.arange(0, SPLIT * WORDS)[None, :]
+    row = words + feature[:, None] * num_chunks * WORDS
+    feature = feature[:, None, None]
     part, word = tl.arange(0, SPLIT)[None, :, None], tl.arange(0, WORDS)[None, None, :]
     total = tl.zeros((OUT, SPLIT, WORDS), dtype=tl.float32)
-    row = words + feature * num_chunks * WORDS + word
-    ahead = tl.load(row + tl.minimum(part, num_chunks - 1) * WORDS, eviction_policy="evict_first")
+    ahead = tl.load(row + column, mask=column < num_chunks * WORDS, other=0, eviction_policy="evict_first")
     for first in range(0, num_chunks, SPLIT):
-        now, here = ahead, tl.minimum(first + part, num_chunks - 1)
-        later = tl.minimum(first + SPLIT + part, num_chunks - 1)
-        ahead = tl.load(row + later * WORDS, eviction_policy="evict_first")
+        now, here = tl.reshape(ahead, (OUT, SPLIT, WORDS)), tl.minimum(first + part, num_chunks - 1)
+        later = (first + SPLIT) * WORDS + column
+        ahead = tl.load(row + later, mask=later < num_chunks * WORDS, other=0, eviction_policy="evict_first")
         group_at = feature * num_groups + here // CHUNKS_A_GROUP
         step = tl.where(first + part < num_chunks, tl.load(scale + group_at).to(tl.float32), 0.0)
         shift = tl.load(zero + group_at).to(tl.float32)
@@ -128,7 +131,7 @@ def _dequantize_kernel(
 def one_row(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
     """x `[1, in]` -> `[1, out]`; the rest as in `int4_chunks.PackedChunks`. tile: output features and warps."""
     (out_features, chunks, num_words), groups = words.shape, scale.shape[1]
-    width, warps = tile or (_ONE_ROW_TILE_OF_8_WORDS if num_words == 8 else _ONE_ROW_TILE)
+    width, warps = tile or _ONE_ROW_TILES[num_words]
     out = x.new_empty(1, out_features)
     _one_row_kernel[(triton.cdiv(out_features, width),)](
         x, words, scale, zero, out, out_features, chunks, groups, _MASK, CHUNKS_A_GROUP=chunks // groups,
