@@ -36,7 +36,7 @@ def _step(words, zero, mask, place: tl.constexpr):
 def _one_row_kernel(
     x, words, scale, zero, out,
     num_out, num_chunks, num_groups, mask,
-    CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
+    TURNS: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     # A warp has whole features, a lane the same channels of several of them, so that x is read once. That follows from
     # loading words in two dimensions; the third tells chunks apart. What lies outside counts with Δ = 0
@@ -48,7 +48,8 @@ def _one_row_kernel(
     part, word = tl.arange(0, SPLIT)[None, :, None], tl.arange(0, WORDS)[None, None, :]
     total = tl.zeros((OUT, SPLIT, WORDS), dtype=tl.float32)
     ahead = tl.load(row + column, mask=column < num_chunks * WORDS, other=0, eviction_policy="evict_first")
-    for first in range(0, num_chunks, SPLIT):
+    for turn in range(TURNS):
+        first = turn * SPLIT
         now, here = tl.reshape(ahead, (OUT, SPLIT, WORDS)), tl.minimum(first + part, num_chunks - 1)
         later = (first + SPLIT) * WORDS + column
         ahead = tl.load(row + later, mask=later < num_chunks * WORDS, other=0, eviction_policy="evict_first")
@@ -67,20 +68,21 @@ def _one_row_kernel(
 @triton.jit
 def _few_rows_kernel(
     x, words, scale, zero, partial,
-    num_rows, num_out, num_chunks, num_groups, chunks_a_program, mask,
-    CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
+    num_rows, num_out, num_chunks, num_groups, mask,
+    TURNS: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows, features = tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT)
     word, column = tl.arange(0, WORDS), tl.arange(0, 8 * WORDS)
     real_rows, feature = rows < num_rows, tl.minimum(features, num_out - 1)
     total = tl.zeros((ROWS, OUT), dtype=tl.float32)
-    first = tl.program_id(1) * chunks_a_program
-    for chunk in range(first, tl.minimum(first + chunks_a_program, num_chunks)):
+    for turn in range(TURNS):
+        wanted = tl.program_id(1) * TURNS + turn
+        chunk = tl.minimum(wanted, num_chunks - 1)  # what lies outside counts with Δ = 0
         now = tl.load(
             words + (feature[:, None] * num_chunks + chunk) * WORDS + word[None, :], eviction_policy="evict_first"
         )
         group_at = feature * num_groups + chunk // CHUNKS_A_GROUP
-        step = tl.load(scale + group_at).to(tl.float32)
+        step = tl.where(wanted < num_chunks, tl.load(scale + group_at).to(tl.float32), 0.0)
         shift = tl.load(zero + group_at).to(tl.float32)[:, None]
         x_at = (rows[:, None] * num_chunks + chunk) * (8 * WORDS) + column[None, :]
         inputs = tl.load(x + x_at, mask=real_rows[:, None], other=0.0)
@@ -102,10 +104,10 @@ def _few_rows_kernel(
 
 
 @triton.jit
-def _sum_kernel(partial, out, count, num_partials, SIZE: tl.constexpr):
+def _sum_kernel(partial, out, count, PARTIALS: tl.constexpr, SIZE: tl.constexpr):
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     total = tl.zeros((SIZE,), dtype=tl.float32)
-    for each in range(num_partials):
+    for each in range(PARTIALS):
         total += tl.load(partial + each * count + at, mask=at < count, other=0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
 
@@ -132,10 +134,10 @@ def one_row(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, tile: tuple[i
     """x `[1, in]` -> `[1, out]`; the rest as in `int4_chunks.PackedChunks`. tile: output features and warps."""
     (out_features, chunks, num_words), groups = words.shape, scale.shape[1]
     width, warps = tile or _ONE_ROW_TILES[num_words]
-    out = x.new_empty(1, out_features)
+    out, split = x.new_empty(1, out_features), _WORDS_A_WARP // num_words
     _one_row_kernel[(triton.cdiv(out_features, width),)](
-        x, words, scale, zero, out, out_features, chunks, groups, _MASK, CHUNKS_A_GROUP=chunks // groups,
-        WORDS=num_words, SPLIT=_WORDS_A_WARP // num_words, OUT=width, num_warps=warps,
+        x, words, scale, zero, out, out_features, chunks, groups, _MASK, TURNS=triton.cdiv(chunks, split),
+        CHUNKS_A_GROUP=chunks // groups, WORDS=num_words, SPLIT=split, OUT=width, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -152,12 +154,12 @@ def few_rows(
     out = x.new_empty(rows, out_features)
     partial = out if parts == 1 else x.new_empty(parts, rows, out_features, dtype=torch.float32)
     _few_rows_kernel[(across, parts)](
-        x, words, scale, zero, partial, rows, out_features, chunks, groups, each, _MASK,
+        x, words, scale, zero, partial, rows, out_features, chunks, groups, _MASK, TURNS=each,
         CHUNKS_A_GROUP=chunks // groups, WORDS=num_words, OUT=width,
         ROWS=max(_LEAST_ROWS, triton.next_power_of_2(rows)), num_warps=warps,
     )  # fmt: skip
     if parts > 1:
-        _sum_kernel[(triton.cdiv(out.numel(), 512),)](partial, out, out.numel(), parts, SIZE=512, num_warps=4)
+        _sum_kernel[(triton.cdiv(out.numel(), 512),)](partial, out, out.numel(), PARTIALS=parts, SIZE=512, num_warps=4)
     return out
 
 
