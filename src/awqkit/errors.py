@@ -6,6 +6,7 @@
     │   ├── CheckpointError     a model folder: missing, truncated, pickle only, already quantized ...
     │   ├── CalibrationError    calibration or evaluation text: empty, binary, too short ...
     │   └── ModelError          a model whose blocks or inputs cannot be found or run
+    ├── RankLostError       another rank of a run with several has ended
     ├── OutputError         OUT exists, lies inside MODEL, cannot be written, disk full
     └── FormatError         a choice that the on-disk format cannot hold
 
@@ -60,6 +61,10 @@ class ModelError(InputError):
 
 class OutputError(AwqkitError):
     """The place to write to is taken, forbidden or full."""
+
+
+class RankLostError(AwqkitError):
+    """A run on several ranks cannot go on, since one of them has ended; that one, or the first, says why."""
 
 
 class FormatError(AwqkitError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -30,6 +30,8 @@ from awqkit.pipeline.context import BlockContext
 from awqkit.pipeline.expert_tokens import MetTokens, of_tokens, usual_of_experts, with_few_tokens_shrunk
 from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.plan import Probe
+from awqkit.pipeline.row_parts import OwnRows, by_part
+from awqkit.pipeline.summed_statistics import summed_paired, summed_statistics
 
 Pair = tuple[slice, Tensor, Tensor, "Tensor | None"]  # rows, their input on both streams, and the mask
 
@@ -57,25 +59,33 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
     """
     probe = _with_real_states(context, rows)
     run = probe.runner(context.block, context.index)
-    proved = []
+    asked: list[list[Fold]] = []
     refused = [
         FoldDecision(refusal.label, "none", refusal.consumers, 0, None, fallback=refusal.reason)
         for refusal in context.structure.refusals
     ]
     for group in proved_together(context.structure):
-        asked = []
+        together = []
         for fold in group:
             consumers = [name for name in fold.consumers if not context.kept(name)]
             if not consumers:
                 continue  # nothing that s could help
             reason = fold.why_not_together(consumers)
             if reason is None:
-                asked.append(fold)
+                together.append(fold)
             else:
                 refused.append(_refused(fold, None, reason))
+        if together:
+            asked.append(together)
+
+    def errors_of(folds: list[Fold]) -> list[float]:
         with torch.no_grad():
-            errors = proof_errors(context.block, run, probe.hidden, context.structure, asked) if asked else ()
-        for fold, error in zip(asked, errors, strict=True):
+            return proof_errors(context.block, run, probe.hidden, context.structure, folds)
+
+    proved = []
+    errors = context.ranks.spread([partial(errors_of, folds) for folds in asked], [len(folds) for folds in asked])
+    for folds, found in zip(asked, errors, strict=True):
+        for fold, error in zip(folds, found, strict=True):
             if error <= PROOF_TOLERANCE:
                 proved.append((fold, error))
             else:
@@ -149,15 +159,22 @@ def observe(
     observer = _Observer(context, kept)
     experts = {entry.first for entry in structure.inputs if entry.expert is not None}
     in_turn = experts if context.recipe.all_experts else set()
-    for part, hidden, call, mask in rows.batches(context.index):
-        run, weight = partial(hand_on, context.block, hidden, call), _weights_of(token_weight, part, hidden)
-        output = observer.see(run, part, mask, weight, leave_out=in_turn)
-        if in_turn:
-            others = {entry.first for entry in structure.inputs} - in_turn
-            see = partial(observer.see, run, part, mask, weight, leave_out=others)
-            run_with_all_experts(see, structure.experts)
-        rows.write(part, *output)
-    return with_few_tokens_shrunk(structure, {first: finished(seen) for first, seen in observer.found.items()})
+
+    def of_parts() -> Iterator[Mapping[str, Statistics]]:
+        for batches in by_part(rows.batches(context.index), rows.own.ends):
+            observer.begin()
+            for part, hidden, call, mask in batches:
+                run, weight = partial(hand_on, context.block, hidden, call), _weights_of(token_weight, part, hidden)
+                output = observer.see(run, part, mask, weight, leave_out=in_turn)
+                if in_turn:
+                    others = {entry.first for entry in structure.inputs} - in_turn
+                    see = partial(observer.see, run, part, mask, weight, leave_out=others)
+                    run_with_all_experts(see, structure.experts)
+                rows.write(part, *output)
+            yield observer.found
+
+    summed = summed_statistics(context.ranks, of_parts(), len(rows.own.ends))
+    return with_few_tokens_shrunk(structure, {first: finished(seen) for first, seen in summed.items()})
 
 
 class _Observer:
@@ -165,10 +182,15 @@ class _Observer:
 
     def __init__(self, context: BlockContext, kept: KeptInputs | None) -> None:
         entries = context.structure.inputs
-        self.found = {entry.first: empty_statistics(entry.num_channels, context.device) for entry in entries}
+        self.found: dict[str, Statistics] = {}
+        self._channels, self._device = {entry.first: entry.num_channels for entry in entries}, context.device
         self._kept = kept
         self._by_weight = {context.structure.linear(entry.first).weight: entry for entry in entries}
         self._watched = {name: context.weight(entry.first) for name, entry in self._by_weight.items()}
+
+    def begin(self) -> None:
+        """Begin with no tokens."""
+        self.found = {first: empty_statistics(count, self._device) for first, count in self._channels.items()}
 
     def see(
         self,
@@ -205,15 +227,24 @@ class _Observer:
 
 
 def observe_pair(
-    entry: LinearInput, pairs: Iterable[Pair], device: torch.device, token_weight: Tensor | None = None
+    context: BlockContext,
+    entry: LinearInput,
+    pairs: Iterable[Pair],
+    own: OwnRows,
+    token_weight: Tensor | None = None,
 ) -> PairedStatistics:
-    """One linear input on both streams."""
-    paired = empty_paired(entry.num_channels, device)
-    for part, original, reached, mask in pairs:
-        # both as the original is kept: where the streams are the same, C − Ĥ must be nothing
-        pair = (original.to(torch.bfloat16), reached.to(torch.bfloat16))
-        paired = accumulate_paired_(paired, *pair, mask, _weights_of(token_weight, part, reached))
-    return finished_paired(paired)
+    """One linear input on both streams. own: which rows these are."""
+
+    def of_parts() -> Iterator[PairedStatistics]:
+        for batches in by_part(pairs, own.ends):
+            paired = empty_paired(entry.num_channels, context.device)
+            for part, original, reached, mask in batches:
+                # both as the original is kept: where the streams are the same, C − Ĥ must be nothing
+                pair = (original.to(torch.bfloat16), reached.to(torch.bfloat16))
+                paired = accumulate_paired_(paired, *pair, mask, _weights_of(token_weight, part, reached))
+            yield paired
+
+    return finished_paired(summed_paired(context.ranks, of_parts()))
 
 
 def _weights_of(token_weight: Tensor | None, part: slice, hidden: Tensor) -> Tensor | None:
