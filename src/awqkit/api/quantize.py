@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 
 from awqkit.api.calibration_rows import CalibrationRows, enough_to_check, given_rows, rows_text, text_rows
-from awqkit.api.device import choose_device
+from awqkit.api.device import choose_device, ranks_device
 from awqkit.api.fingerprint import changed_environment, environment, fingerprint
 from awqkit.api.generated_rows import OwnText, own_text, with_generated
 from awqkit.api.given_model import GivenModel, find_given, given_name, open_given
-from awqkit.api.refuse import refuse_unknown_tokens
+from awqkit.api.refuse import refuse_too_few, refuse_unknown_tokens
 from awqkit.api.refuse_plain import refuse_padded
 from awqkit.api.report_page import check_report_path, write_report
 from awqkit.checkpoint.output import refuse_output
@@ -26,7 +27,7 @@ from awqkit.checkpoint.reports import REPORT_FILE, TIMINGS_FILE
 from awqkit.checkpoint.run_state import RunState
 from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
-from awqkit.errors import OutputError
+from awqkit.errors import OutputError, UsageError
 from awqkit.evaluation.fill_module import TURNED_KEY
 from awqkit.events import Caution, Emit, Notice, ignore_events
 from awqkit.formats.format import Format, format_for
@@ -36,10 +37,12 @@ from awqkit.model.plain_model import PlainModel
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import library_versions
 from awqkit.options import RunOptions
+from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, written_before
 from awqkit.pipeline.layout import OutputLayout, plan_output
 from awqkit.pipeline.plan import BlockPlan, RunPlan, plan_run
-from awqkit.pipeline.run import Run, run
+from awqkit.pipeline.ranks import Ranks, asked_size, local_rank, started_ranks
+from awqkit.pipeline.run import Run, follow, run
 from awqkit.recipe import DEFAULT_QUALITY, Recipe
 from awqkit.report.card import model_card
 from awqkit.report.report import Report
@@ -79,16 +82,67 @@ def quantize(
     """
     started = time.monotonic()
     recipe, options, out = recipe or Recipe.preset(DEFAULT_QUALITY), options or RunOptions(), Path(out)
-    if report_page is not None:
+    device, refused = torch.device("cpu"), None
+    try:
+        device = choose_device(options.device) if asked_size() == 1 else ranks_device(options.device, local_rank())
+    except UsageError as error:
+        refused = error  # raised once every rank has been told
+    with started_ranks(device) as ranks:
+        emit = emit if ranks.is_first else ignore_events
+
+        def prepared() -> _Prepared:
+            if refused is not None:
+                raise refused
+            return _prepare(model, out, recipe, calibration, exclude_modules, options, report_page, device, ranks, emit)
+
+        ready = ranks.together(prepared)
+        if ranks.is_first:
+            found = _run_and_write(ready, out, options, report_page, started, emit)
+        else:
+            follow(ready.job, *_texts(ranks.told()))
+            found = QuantizeResult(out, ranks.told(), time.monotonic() - started)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What is settled before anything is written. known: the fingerprint. cautions: for the report."""
+
+    given: GivenModel
+    rows: CalibrationRows | None
+    job: Run
+    known: dict[str, Any]
+    versions: dict[str, str]
+    settings: dict[str, object]
+    cautions: tuple[str, ...]
+
+
+def _prepare(
+    model: str | Path | PlainModel,
+    out: Path,
+    recipe: Recipe,
+    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None,
+    exclude_modules: frozenset[str],
+    options: RunOptions,
+    report_page: str | Path | None,
+    device: torch.device,
+    ranks: Ranks,
+    emit: Emit,
+) -> _Prepared:
+    """Everything that can be refused. Every rank does it for itself, but for what concerns OUT."""
+    if ranks.size > 1 and isinstance(model, PlainModel):
+        raise UsageError("a plain module is quantized by one process: start it without torchrun")
+    if report_page is not None and ranks.is_first:
         check_report_path(report_page, out)
     written = format_for(recipe)  # before a hub model is fetched
-    device = choose_device(options.device)
     found = find_given(model)
-    refuse_output(out, found if isinstance(found, Path) else None, options.overwrite)
+    if ranks.is_first:
+        refuse_output(out, found if isinstance(found, Path) else None, options.overwrite)
     given = open_given(found, given_name(model), device, options, needs_logits=recipe.needs_logits)
     source, skeleton, is_plain = given.source, given.skeleton, given.folder is None
     rows = _rows(given, recipe, calibration, exclude_modules)
     if rows is not None:
+        refuse_too_few(rows.calibration, ranks.size)
         emit(Notice(rows_text(rows.summary)))
     stored_dtype = stored_dtype_of(source, recipe)
     plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, *_reader_rules(written, is_plain))
@@ -106,20 +160,39 @@ def quantize(
     cautions = (*filter(None, [given.caution]), *readers)
     for text in (*_idle_choices(recipe, plan, skeleton), *cautions):
         emit(Caution(text))
-    job = Run(source, skeleton, recipe, plan, layout, written, device)
+    if ranks.size > 1:
+        emit(Notice(f"{ranks.size} ranks share the rows and the linears of each block, connected by {ranks.backend}"))
+    job = Run(source, skeleton, recipe, plan, layout, written, device, ranks)
     versions = _versions()
-    text = (None, None) if rows is None else (rows.calibration, rows.held_out)
-    known = fingerprint(given, recipe, *text, versions["awqkit"])
+    known = fingerprint(given, recipe, *_texts(rows), versions["awqkit"])
+    return _Prepared(given, rows, job, known, versions, settings, cautions)
+
+
+def _texts(rows: CalibrationRows | None) -> tuple[TokenRows | None, TokenRows | None]:
+    return (None, None) if rows is None else (rows.calibration, rows.held_out)
+
+
+def _run_and_write(
+    ready: _Prepared,
+    out: Path,
+    options: RunOptions,
+    report_page: str | Path | None,
+    started: float,
+    emit: Emit,
+) -> QuantizeResult:
+    """The run itself, on the first rank or the only one."""
+    given, rows, job, versions = ready.given, ready.rows, ready.job, ready.versions
+    recipe, plan, layout, device, ranks = job.recipe, job.plan, job.layout, job.device, job.ranks
     places = plan_layout(layout.specs)
     with (
-        RunState(out, known, restart=options.restart) as state,
+        RunState(out, ready.known, restart=options.restart) as state,
         CheckpointWriter(
             out,
             places,
             options.overwrite,
             folder=state.checkpoint,
             written=written_before(state),
-            spare_bytes=durable_bytes(recipe, plan, *text),
+            spare_bytes=durable_bytes(recipe, plan, *_texts(rows)),
         ) as writer,
     ):
         _tell_of_another_environment(state, environment(device, versions), emit)
@@ -127,32 +200,33 @@ def quantize(
         if rows is not None:
             rows = enough_to_check(_with_own_text(rows, state, recipe, given, device, options, emit))
         generate_seconds = time.monotonic() - generating
-        calibration_rows, held_out = (None, None) if rows is None else (rows.calibration, rows.held_out)
-        points = DurablePoints(state, writer, options.save_every)
-        outcome = run(job, calibration_rows, held_out, writer, points, emit)
+        ranks.told(rows)
+        points = DurablePoints(state, writer, options.save_every, ranks)
+        outcome = run(job, *_texts(rows), writer, points, emit)
         report = Report(
             model=given.name,
             recipe=recipe if rows is None else replace(recipe, calibration=rows.summary.source),
             group_size=plan.group_size,
-            stored_dtype=str(stored_dtype).removeprefix("torch."),
+            stored_dtype=str(plan.stored_dtype).removeprefix("torch."),
             device=device.type,
             versions=versions,
             calibration=None if rows is None else rows.summary,
             blocks=outcome.blocks,
             tuning=outcome.tuning,
-            source_bytes=source.total_bytes,
+            source_bytes=job.source.total_bytes,
             written_bytes=sum(spec.num_bytes for spec in layout.specs),
             packed_bytes=sum(spec.num_bytes for spec in layout.specs if spec.name not in layout.kept),
-            quantized_weights=sum(rows_ * columns for rows_, columns in shapes.values()),
+            quantized_weights=sum(math.prod(linear.shape) for linear in plan.linears if linear.keep is None),
             dropped=layout.dropped,
-            cautions=cautions,
+            cautions=ready.cautions,
         )
-        _write_companions(writer, given, settings, _turned(plan), report)
+        _write_companions(writer, given, ready.settings, _turned(plan), report)
         seconds = time.monotonic() - started
         timings = {"seconds": seconds, "stages": {"generate": generate_seconds, **outcome.seconds}}
         writer.write_json(TIMINGS_FILE, timings)
         writer.commit()
         state.complete()
+    ranks.told(report)
     if report_page is not None:
         _write_page(report_page, report, timings, out)
     return QuantizeResult(out, report, time.monotonic() - started)

@@ -47,3 +47,12 @@ def refuse_unknown_tokens(rows: TokenRows, skeleton: Skeleton, what: str = "cali
             f"{what}: token id {low if low < 0 else high} lies outside the model's vocabulary of "
             f"{skeleton.vocabulary_size}; the tokenizer is not this model's, use the files that belong to it"
         )
+
+
+def refuse_too_few(rows: TokenRows, ranks: int) -> None:
+    """Raises CalibrationError where not every rank gets a calibration row."""
+    if len(rows.ids) < ranks:
+        raise CalibrationError(
+            f"{len(rows.ids)} calibration rows cannot be shared out among {ranks} ranks: start fewer ranks, or ask for "
+            "more rows (--samples)"
+        )

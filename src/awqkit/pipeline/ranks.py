@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from awqkit.errors import RankLostError, UsageError
+from awqkit.errors import AwqkitError, RankLostError, UsageError, gist
 
 T = TypeVar("T")
 
@@ -57,6 +59,11 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is the rank that decides, writes and tells."""
         return self.rank == 0
+
+    @property
+    def backend(self) -> str:
+        """By what sums and results travel between ranks."""
+        return "gloo" if self._cards is None else "NCCL"
 
     @property
     def num_parts(self) -> int:
@@ -151,6 +158,24 @@ class Ranks:
                     if self._store.check([_FIRST_ENDED]):
                         raise RankLostError("the first rank ended, and this one with it") from None
 
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives here, once every rank has done its own. Where one refuses, the first says so, for all."""
+        if self.size == 1:
+            return work()
+        result, refused = None, None
+        try:
+            result = work()
+        except AwqkitError as error:
+            refused = error
+        found = self.everyones(None if refused is None else (type(refused), str(refused)))
+        told = next(((rank, each) for rank, each in enumerate(found) if each is not None), None)
+        if told is None:
+            return result  # type: ignore[return-value]
+        if refused is not None and self.is_first:
+            raise refused
+        rank, (kind, text) = told
+        raise kind(text if rank == 0 else f"rank {rank}: {text}")
+
     def meet(self) -> None:
         """Wait until all ranks are here. Raises RankLostError where one is gone."""
         if self.size > 1:
@@ -182,6 +207,11 @@ def asked_size(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
 
 
+def local_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """This process's number among those of its machine."""
+    return int(environment.get("LOCAL_RANK", "0"))
+
+
 @contextmanager
 def started_ranks(device: torch.device) -> Iterator[Ranks]:
     """The ranks that torchrun started, connected; one alone where it did not.
@@ -207,14 +237,26 @@ def started_ranks(device: torch.device) -> Iterator[Ranks]:
         ranks = Ranks(rank, size, device, store, dist.group.WORLD, cards, _pairs(rank, size))
     try:
         yield ranks
-    except BaseException:
-        if rank == 0:
-            store.set(_FIRST_ENDED, b"")
+    except BaseException as error:
+        with suppress(RuntimeError):
+            _say_why(store, ranks, error)
         if cards is None:  # NCCL waits for the others, who may be gone
             dist.destroy_process_group()
         raise
     ranks.meet()
     dist.destroy_process_group()
+
+
+def _say_why(store: Any, ranks: Ranks, error: BaseException) -> None:
+    """Leave for the first rank why this one ended; the first puts what others left into its own error."""
+    if not ranks.is_first:
+        if not isinstance(error, RankLostError):
+            store.set(f"ended {ranks.rank}", gist(error))
+        return
+    store.set(_FIRST_ENDED, b"")
+    said = [rank for rank in range(1, ranks.size) if store.check([f"ended {rank}"])]
+    if said and isinstance(error, RankLostError):
+        error.args = (f"rank {said[0]} ended: {store.get(f'ended {said[0]}').decode()}",)
 
 
 def dealt(costs: Sequence[float], size: int) -> list[int]:
@@ -249,10 +291,9 @@ def _lost() -> Iterator[None]:
     except RankLostError:
         raise
     except RuntimeError as error:
-        raise RankLostError(
-            "a rank of this run ended or does not answer, so the others cannot go on; what it said, if anything, "
-            "stands with its own output"
-        ) from error
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGTERM)):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it: this rank ends by itself
+        raise RankLostError("another rank of this run ended or does not answer") from error
 
 
 class _Pickler(pickle.Pickler):

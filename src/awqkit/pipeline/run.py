@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,7 +13,16 @@ from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.checkpoint.writer import CheckpointWriter
 from awqkit.decisions import BlockDecision, TuningDecision
 from awqkit.errors import CheckpointError
-from awqkit.events import BlockFinished, Caution, Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted
+from awqkit.events import (
+    BlockFinished,
+    Caution,
+    Emit,
+    Notice,
+    TaskAdvanced,
+    TaskFinished,
+    TaskStarted,
+    ignore_events,
+)
 from awqkit.formats.format import Format
 from awqkit.model.matrices import with_stacks_whole
 from awqkit.model.skeleton import Skeleton
@@ -21,13 +30,15 @@ from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
 from awqkit.pipeline.context import BlockContext, Streams
-from awqkit.pipeline.durable_points import DurablePoints
+from awqkit.pipeline.durable_points import DurablePoints, follow_block, follow_restore
 from awqkit.pipeline.layout import OutputLayout, packed_parts
 from awqkit.pipeline.plan import BlockPlan, RunPlan
+from awqkit.pipeline.ranks import Ranks
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
 from awqkit.pipeline.tunable_block import TunableBlock
 from awqkit.pipeline.tuning_stage import finish_tuning, start_tuning, tunable_block, why_not_tuned
+from awqkit.pipeline.whole_streams import streams_to_tune
 from awqkit.recipe import Recipe
 
 _TASK, _GRADIENT_TASK = "block", "gradient step"
@@ -44,6 +55,7 @@ class Run:
     layout: OutputLayout
     written: Format
     device: torch.device
+    ranks: Ranks = field(default_factory=Ranks.alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +77,7 @@ def run(
 ) -> Outcome:
     """Quantize every block and write every tensor. rows: None for a recipe that looks at no text.
 
+    The first rank runs this, the others `follow` it: what one tells the other is told, in the same order.
     points: where an earlier run got to, and how often this one is made durable. Raises CheckpointError where a tensor
     holds NaN or inf.
     """
@@ -80,6 +93,7 @@ def run(
             _copy(job, name, writer, is_buffer=name in buffers)
     clock.enter("start")
     streams = None if rows is None else _streams(job, rows, held_out, emit)
+    ranks = job.ranks
     start, tuning = None, None
     if rows is not None and job.recipe.tuning_epochs > 0:
         no_room = points.why_not_tuned(lambda: why_not_tuned(job.recipe, job.plan, job.device))
@@ -88,6 +102,8 @@ def run(
         else:
             emit(Caution(no_room))
             tuning = TuningDecision(0, None, None, no_room)
+    if streams is not None:
+        ranks.told((points.blocks, start is not None))
     if points.blocks:
         emit(Notice(f"an earlier run was stopped: going on after block {points.blocks} of {num_blocks}"))
     emit(TaskStarted(_TASK, num_blocks, points.blocks))
@@ -120,12 +136,33 @@ def run(
     emit(TaskFinished(_TASK))
     if start is not None and streams is not None:
         clock.enter("tune")
-        tuning, moved = finish_tuning(job.skeleton, job.recipe, job.plan.stored_dtype, start, streams, tunable, emit)
+        whole = streams_to_tune(ranks, streams)
+        assert whole is not None  # this is the first rank
+        tuning, moved = finish_tuning(job.skeleton, job.recipe, job.plan.stored_dtype, start, whole, tunable, emit)
         points.before_rewriting()
         for index, (linears, gains) in enumerate(moved):
             _rewrite(job, index, linears, gains, writer)
         clock.enter("")
     return Outcome(tuple(decisions), tuning, {name: seconds for name, seconds in clock.seconds.items() if name})
+
+
+def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None:
+    """What every rank but the first does in a run: its share of each block. It writes nothing."""
+    if rows is None:
+        return
+    ranks, streams = job.ranks, _streams(job, rows, held_out, ignore_events)
+    done, tunes = ranks.told()
+    if done:
+        follow_restore(ranks, streams)
+    for index in range(done, len(job.plan.blocks)):
+        block = job.skeleton.load_block(index, job.device)
+        try:
+            quantize_block(_context(job, index, block), streams, lambda stage: None)
+        finally:
+            job.skeleton.release_block(index)
+        follow_block(ranks, streams)
+    if tunes:
+        streams_to_tune(ranks, streams)
 
 
 def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) -> Streams:
@@ -139,7 +176,7 @@ def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) 
 
     if job.recipe.sensitivity != "none":
         emit(TaskStarted(_GRADIENT_TASK, steps))
-    streams = start_streams(job.skeleton, job.recipe, rows, held_out, job.device, step)
+    streams = start_streams(job.skeleton, job.recipe, rows, held_out, job.device, step, ranks=job.ranks)
     if job.recipe.sensitivity != "none":
         emit(TaskFinished(_GRADIENT_TASK))
     return streams
@@ -157,7 +194,7 @@ def _finished_block(job: Run, index: int, points: DurablePoints) -> TunableBlock
 
 def _context(job: Run, index: int, block: nn.Module) -> BlockContext:
     parameters = {name: value.data for name, value in block.named_parameters()}
-    return BlockContext(job.skeleton, job.plan, job.plan.blocks[index], job.recipe, block, parameters)
+    return BlockContext(job.skeleton, job.plan, job.plan.blocks[index], job.recipe, block, parameters, job.ranks)
 
 
 def _one_block(
