@@ -7,6 +7,7 @@ through here, in the same order on each: sums of statistics, results of shared w
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 import signal
@@ -31,6 +32,7 @@ _TREE_PARTS = 4  # parts of the rows wherever 1, 2 or 4 ranks are to add up the 
 _NO_ANSWER = timedelta(minutes=30)  # from a rank that has not ended; one that has is noticed at once
 _LOOK_AGAIN = timedelta(seconds=1)
 _FIRST_ENDED = "the first rank ended"
+_STARTS = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,8 @@ def started_ranks(device: torch.device) -> Iterator[Ranks]:
     if dist.is_initialized():
         raise UsageError("torch.distributed is in use in this process already: awqkit connects its ranks itself")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=_NO_ANSWER)))
-    store = dist.PrefixStore(f"awqkit {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    began = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(_STARTS)}"  # the store may outlive the ranks
+    store = dist.PrefixStore(f"awqkit {began}", store)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with _lost():
