@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from awqkit import Recipe, RunOptions, compare, quantize
 from awqkit.cli.main import main
 from awqkit.errors import UsageError
+from awqkit.pipeline import search_block
 
 BLOCKS, ROWS = 4, token_rows(18, 24)
 CHOICES = {"group_size": 32, "bits": 3, "format": "compressed-tensors"}
@@ -33,7 +34,7 @@ RECIPES = {
     "experts-balanced": Recipe.preset("balanced", **CHOICES, generated=0.0, tuning_epochs=0),
 }
 IMPORTS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-# A rank of one launch: the runs that are named, one after the other. "NAME!" kills rank 1 at the end of the third block.
+# A rank of one launch: the runs that are named, one after the other; "NAME!" kills rank 1 after the third block.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
@@ -60,7 +61,8 @@ with unwind_on_signals():
 
 
 def run(folder: Path, name: str, outs: Path) -> Any:
-    """One run of a recipe, made durable after every block."""
+    """One run of a recipe, made durable after every block; the larger linears of these small models are cut."""
+    search_block.ROWS_WORTH_SHARING = 64
     source = folder / ("mixture" if "experts" in name else "source")
     options = RunOptions(device="cpu", save_every=0)
     return quantize(source, outs / name, RECIPES[name.partition("-again")[0]], calibration=ROWS, options=options)
@@ -96,11 +98,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for outs in ("alone", "ranks"):
         (folder / outs).mkdir()
     torch.set_num_threads(1)
+    large = search_block.ROWS_WORTH_SHARING
     try:
         for name in RECIPES:
             run(folder, name, folder / "alone")
     finally:
         torch.set_num_threads(threads)
+        search_block.ROWS_WORTH_SHARING = large
     return folder
 
 

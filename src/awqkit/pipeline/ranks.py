@@ -116,7 +116,7 @@ class Ranks:
 
     def spread(self, tasks: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[T]:
         """The result of every task, each computed by one rank; the costliest are dealt first, to who has least."""
-        if self.size == 1:
+        if self.size == 1 or not tasks:
             return [task() for task in tasks]
         mine = {number: tasks[number]() for number, owner in enumerate(dealt(costs, self.size)) if owner == self.rank}
         results: dict[int, T] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from awqkit.methods.fold import (
     smoothing_errors,
     storage_cost,
 )
-from awqkit.methods.linear import QuantizedLinear, ScaledWeight, quantize_linear, round_rows_alike
-from awqkit.methods.rows import sensitive_rounder
+from awqkit.methods.linear import QuantizedLinear, Rounded, ScaledWeight, quantize_linear, round_rows_alike
+from awqkit.methods.rows import joined_rows, sensitive_rounder
 from awqkit.model.producers import StoredProducer, store_producer
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.grid import QuantizedWeight, dequantize
@@ -33,6 +34,7 @@ from awqkit.pipeline.context import BlockContext
 from awqkit.pipeline.expert_tokens import share_of_tokens
 from awqkit.recipe import Recipe
 
+ROWS_WORTH_SHARING = 2048  # of a linear, from which on its rows are rounded in parts
 EXACT, ROUNDED = "exact", "rounded"  # `FoldDecision.kept_columns`
 
 
@@ -221,30 +223,75 @@ def _quantize_all(
         wanted = [name for name in quantized_readers(context, entry) if name in names]
         shares += [(entry, wanted)] if entry.expert is not None and wanted else [(entry, [name]) for name in wanted]
     scaled = _scaled_weights(context, applied, [name for _, wanted in shares for name in wanted])
+    rounded = _round_in_parts(context, scaled, shares, evidences, measured)
     made: dict[str, QuantizedLinear] = {}
 
     def work(entry: LinearInput, wanted: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         evidence, sent = evidences[entry.first](), {}
         for name in wanted:
             aimed = replace(scaled[name], target=evidence.target(scaled[name].original))
-            made[name] = _quantize(context, aimed, evidence, measured, name)
-            errors = _consumer_errors(context, applied, aimed, made[name], evidence, measured, name)
-            sent[name] = made[name].quantized, made[name].decision, errors
+            made[name] = found = _quantize(context, aimed, evidence, measured, name, rounded.get(name))
+            errors = _consumer_errors(context, applied, aimed, found, evidence, measured, name)
+            is_known = name in rounded and found.quantized is rounded[name].quantized
+            sent[name] = None if is_known else found.quantized, found.decision, errors
         return sent
 
     costs = [sum(context.weight(name).numel() for name in wanted) for _, wanted in shares]
     results = context.ranks.spread([partial(work, *share) for share in shares], costs)
     return {
-        name: (made.get(name) or _arrived(context, scaled[name], name, *found), errors)
+        name: (made[name] if name in made else _arrived(context, scaled[name], name, *found, rounded), errors)
         for result in results
         for name, (*found, errors) in result.items()
     }
 
 
+def _round_in_parts(
+    context: BlockContext,
+    scaled: Mapping[str, ScaledWeight],
+    shares: Sequence[tuple[LinearInput, Sequence[str]]],
+    evidences: Mapping[str, Callable[[], Evidence]],
+    measured: Measured,
+) -> dict[str, Rounded]:
+    """Large linears, whose rows do not meet, after clip, rounding and refinement: each rank has some rows of each."""
+    pieces: list[tuple[str, LinearInput, slice]] = []
+    parts = context.ranks.num_parts
+    for entry, wanted in shares:
+        for name in wanted if entry.expert is None and parts > 1 else ():
+            rows, row_weight = len(context.weight(name)), measured.row_weights.get(name)
+            if rows >= ROWS_WORTH_SHARING and (row_weight is None or row_weight.dim() == 1):
+                ends = [rows * part // parts for part in range(parts + 1)]
+                pieces += [(name, entry, slice(*each)) for each in pairwise(ends)]
+
+    def work(name: str, entry: LinearInput, rows: slice) -> Rounded:
+        evidence, whole = evidences[entry.first](), scaled[name]
+        original = whole.original[rows]
+        part = ScaledWeight(original, evidence.target(original), whole.channel_scale, whole.row_scale[rows])
+        return round_rows_alike(part, evidence, context.block_plan.linears[name])
+
+    costs = [context.weight(name)[rows].numel() for name, _, rows in pieces]
+    found: dict[str, list[Rounded]] = {}
+    done = context.ranks.spread([partial(work, *piece) for piece in pieces], costs)
+    for (name, _, _), part in zip(pieces, done, strict=True):
+        found.setdefault(name, []).append(part)
+    return {
+        name: joined_rows(of_linear, torch.arange(len(context.weight(name)), device=context.device))
+        for name, of_linear in found.items()
+    }
+
+
 def _arrived(
-    context: BlockContext, scaled: ScaledWeight, name: str, quantized: QuantizedWeight, decision: LinearDecision
+    context: BlockContext,
+    scaled: ScaledWeight,
+    name: str,
+    quantized: QuantizedWeight | None,
+    decision: LinearDecision,
+    rounded: Mapping[str, Rounded],
 ) -> QuantizedLinear:
-    """A linear that another rank quantized; what its codes mean is computed here, as it was there."""
+    """A linear that another rank decided on; what its codes mean is computed here, as it was there.
+
+    quantized: None where it is what was `rounded` in parts, which every rank has.
+    """
+    quantized = rounded[name].quantized if quantized is None else quantized
     restored = scaled.restored(dequantize(quantized.codes, quantized.grid))
     return QuantizedLinear(context.block_plan.linears[name], quantized, scaled.channel_scale, restored, decision)
 
@@ -269,8 +316,16 @@ def _consumer_errors(
 
 
 def _quantize(
-    context: BlockContext, scaled: ScaledWeight, evidence: Evidence, measured: Measured, name: str
+    context: BlockContext,
+    scaled: ScaledWeight,
+    evidence: Evidence,
+    measured: Measured,
+    name: str,
+    rounded: Rounded | None = None,
 ) -> QuantizedLinear:
+    """rounded: what clip, rounding and refinement have made of it already, if they have."""
+    if rounded is not None:
+        return quantize_linear(scaled, evidence, context.block_plan.linears[name], None, lambda *given: rounded)
     row_weight = measured.row_weights.get(name)
     sensitive = row_weight is not None and row_weight.dim() == 2
     return quantize_linear(
