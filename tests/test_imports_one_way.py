@@ -37,6 +37,8 @@ SEES_ONLY = {
 }
 # Packages from outside that one unit keeps to itself.
 KEPT_BY = {"transformers": "model", "safetensors": "checkpoint", "rich": "cli", "triton": "kernels"}
+# And parts of packages that one module does.
+KEPT_BY_MODULE = {"torch.distributed": "awqkit.pipeline.ranks"}
 PURE_MODULES = {"torch", "math", "dataclasses", "functools", "collections", "typing", "__future__"}
 FAST_BODIES = {"triton", "importlib"}  # what a kernel's body for another device is written in, and asked for
 VAGUE_WORDS = {"utils", "util", "common", "misc", "manager"}
@@ -47,6 +49,9 @@ def problems(module: str, source: str) -> list[str]:
     unit = unit_of(module)
     tree = ast.parse(source)
     found = [problem for target in imported(module, tree) if (problem := import_problem(unit, target))]
+    found += [
+        f"{part} is {owner}'s alone" for part, owner in KEPT_BY_MODULE.items() if module != owner and names(part, tree)
+    ]
     if unit != "cli":
         found += [f"print() on line {node.lineno} outside cli" for node in ast.walk(tree) if is_print(node)]
     named = [module.split(".")[-1]] + [node.name for node in tree.body if hasattr(node, "name")]
@@ -94,6 +99,21 @@ def imported(module: str, tree: ast.Module) -> Iterator[str]:
                 yield str(node.args[0].value)
             else:
                 yield "awqkit"  # a computed name could be anything: refused below the top
+
+
+def names(part: str, tree: ast.Module) -> bool:
+    """Whether `tree` imports or names a part of a package, "torch.distributed" for one."""
+    package, _, last = part.rpartition(".")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and any(f"{alias.name}.".startswith(f"{part}.") for alias in node.names):
+            return True
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"{part}."):
+            return True
+        if isinstance(node, ast.ImportFrom) and node.module == package and last in {each.name for each in node.names}:
+            return True
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == part:
+            return True
+    return False
 
 
 def absolute(module: str, node: ast.ImportFrom) -> str:
@@ -174,6 +194,10 @@ def test_every_part_of_the_package_has_a_level() -> None:
         ("awqkit.model.io_utils", ""),
         ("awqkit.model.block", "class BlockManager: pass"),
         ("awqkit.model.block", "def misc_things(): pass"),
+        ("awqkit.pipeline.run", "import torch.distributed as dist"),
+        ("awqkit.pipeline.run", "from torch import distributed"),
+        ("awqkit.pipeline.run", "from torch.distributed import barrier"),
+        ("awqkit.pipeline.run", "import torch\ntorch.distributed.barrier()"),
         ("awqkit.attic.block", "from awqkit.errors import AwqkitError"),  # a part without a level
     ],
 )
@@ -189,6 +213,7 @@ def test_a_broken_rule_is_found(module: str, source: str) -> None:
         ("awqkit.kernels.matmul", "import torch\nimport triton.language as tl"),
         ("awqkit.model.transformers_bridge", "def f():\n    import transformers"),
         ("awqkit.methods.__init__", "from .linear import quantize_linear"),
+        ("awqkit.pipeline.ranks", "import torch.distributed as dist"),
         ("awqkit.cli.console", "from rich.console import Console\nprint()"),
         ("awqkit.cli.main", "from awqkit import __version__, api, errors"),
         ("awqkit.__init__", "from awqkit.api import quantize"),

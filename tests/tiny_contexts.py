@@ -19,6 +19,8 @@ from awqkit.pipeline.block_step import BlockResult, quantize_block
 from awqkit.pipeline.context import BlockContext, Stream, Streams
 from awqkit.pipeline.end_gradients import EndGradients
 from awqkit.pipeline.plan import RunPlan, plan_run
+from awqkit.pipeline.ranks import Ranks
+from awqkit.pipeline.row_parts import own_rows
 
 CPU = torch.device("cpu")
 GROUP = 32
@@ -56,7 +58,7 @@ def quantized_blocks(
     plan = plan_run(skeleton, recipe, torch.bfloat16, CPU, awq.why_not_held, awq.fused_partners)
 
     def stream(rows: Tensor) -> Stream:
-        original = hidden_states(skeleton, rows)
+        original = HiddenStates(skeleton, TokenRows(rows), CPU, own=own_rows(len(rows), Ranks.alone()))
         return Stream(original, original.copy() if recipe.propagates else None)
 
     check = None if held_out is None else stream(held_out)

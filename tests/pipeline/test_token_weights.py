@@ -33,8 +33,8 @@ def test_weights_count_as_repeated_rows_do_on_both_streams(monkeypatch: pytest.M
     paired = {}
     observe_pair = block_step.observe_pair
 
-    def keep(entry: object, *rest: object) -> object:
-        found = observe_pair(entry, *rest)
+    def keep(context: object, entry: object, *rest: object) -> object:
+        found = observe_pair(context, entry, *rest)
         paired.setdefault(entry.first, []).append(found)
         return found
 

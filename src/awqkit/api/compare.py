@@ -34,6 +34,7 @@ from awqkit.model.transformers_bridge import TextEncoder
 from awqkit.options import RunOptions
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.compare import EVALUATE, Compared, CompareRows, LearningRows, compare_recipes
+from awqkit.pipeline.ranks import asked_size
 
 DEFAULT_WINDOWS = 32
 _TASK = "window"
@@ -118,6 +119,8 @@ def compare(
     """
     started = time.monotonic()
     options = options or RunOptions()
+    if asked_size() > 1:
+        raise UsageError("compare runs in one process: start it without torchrun")
     named = contender_recipes(methods, bits, group_size=group_size, samples=samples, seq_len=seq_len, seed=seed)
     device = choose_device(options.device)
     given = open_given(find_given(model), given_name(model), device, options, needs_logits=True)

@@ -7,6 +7,14 @@ import torch
 from awqkit.errors import UsageError
 
 
+def ranks_device(name: str, local_rank: int) -> torch.device:
+    """`choose_device` for one of several ranks: where no GPU is named each takes the next one, in turn."""
+    device = choose_device(name)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return device
+
+
 def choose_device(name: str) -> torch.device:
     """The device that `name` means ("auto", "cpu", "cuda", "cuda:N"). Raises UsageError where it is not there."""
     if name == "auto":

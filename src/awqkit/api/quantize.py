@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from awqkit.api.calibration_rows import CalibrationRows, enough_to_check, given_rows, rows_text, text_rows
-from awqkit.api.device import choose_device
+from awqkit.api.device import choose_device, ranks_device
 from awqkit.api.fingerprint import changed_environment, environment, fingerprint, refuse_changed
 from awqkit.api.generated_rows import OwnText, own_text, with_generated
 from awqkit.api.given_model import GivenModel, find_given, given_name, open_given
-from awqkit.api.refuse import refuse_full_scratch, refuse_small_memory, refuse_unknown_tokens
+from awqkit.api.refuse import refuse_full_scratch, refuse_small_memory, refuse_too_few, refuse_unknown_tokens
 from awqkit.api.refuse_plain import refuse_padded
 from awqkit.api.report_page import check_report_path, write_report
 from awqkit.checkpoint.output import refuse_output
@@ -26,7 +26,7 @@ from awqkit.checkpoint.reports import REPORT_FILE, TIMINGS_FILE
 from awqkit.checkpoint.run_state import RunState
 from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.checkpoint.writer import CheckpointWriter, plan_layout
-from awqkit.errors import OutputError
+from awqkit.errors import OutputError, UsageError
 from awqkit.evaluation.fill_module import TURNED_KEY
 from awqkit.events import Caution, Emit, Notice, ignore_events
 from awqkit.formats.format import Format, format_for
@@ -37,11 +37,13 @@ from awqkit.model.plain_model import PlainModel
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import library_versions
 from awqkit.options import RunOptions
+from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_memory import block_memory, block_weights
 from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, scratch_bytes, written_before
 from awqkit.pipeline.layout import OutputLayout, plan_output
 from awqkit.pipeline.plan import BlockPlan, RunPlan, plan_run
-from awqkit.pipeline.run import Run, run
+from awqkit.pipeline.ranks import Ranks, asked_size, local_rank, started_ranks
+from awqkit.pipeline.run import Run, follow, run
 from awqkit.recipe import DEFAULT_QUALITY, Recipe
 from awqkit.report.card import model_card
 from awqkit.report.report import Report
@@ -85,16 +87,25 @@ def planned_run(
     exclude_modules: frozenset[str],
     options: RunOptions,
     emit: Emit,
+    ranks: Ranks | None = None,
 ) -> PlannedRun:
-    """Open and plan everything, and refuse what can be seen to be wrong. Raises AwqkitError."""
+    """Open and plan everything, and refuse what can be seen to be wrong. Raises AwqkitError.
+
+    ranks: every one of them plans for itself, but for what concerns OUT.
+    """
     written = format_for(recipe)  # before a hub model is fetched
-    device = choose_device(options.device)
+    device = choose_device(options.device) if ranks is None else ranks.device
+    ranks = ranks or Ranks.alone(device)
+    if ranks.size > 1 and isinstance(model, PlainModel):
+        raise UsageError("a plain module is quantized by one process: start it without torchrun")
     found = find_given(model)
-    refuse_output(out, found if isinstance(found, Path) else None, options.overwrite)
+    if ranks.is_first:
+        refuse_output(out, found if isinstance(found, Path) else None, options.overwrite)
     given = open_given(found, given_name(model), device, options, needs_logits=recipe.needs_logits)
     source, skeleton, is_plain = given.source, given.skeleton, given.folder is None
     rows = _rows(given, recipe, calibration, exclude_modules)
     if rows is not None:
+        refuse_too_few(rows.calibration, ranks.size)
         emit(Notice(rows_text(rows.summary)))
     stored_dtype = stored_dtype_of(source, recipe)
     refuse_small_memory(block_weights(skeleton), "its weights in float32", device)  # which a look at it takes
@@ -116,7 +127,9 @@ def planned_run(
     cautions = (*filter(None, [given.caution]), *readers)
     for text in (*_idle_choices(recipe, plan, skeleton), *cautions):
         emit(Caution(text))
-    job = Run(source, skeleton, recipe, plan, layout, written, device)
+    if ranks.size > 1:
+        emit(Notice(f"{ranks.size} ranks share the rows and the linears of each block, connected by {ranks.backend}"))
+    job = Run(source, skeleton, recipe, plan, layout, written, device, ranks)
     return PlannedRun(given, rows, job, settings, shapes, cautions)
 
 
@@ -140,13 +153,45 @@ def quantize(
     """
     started = time.monotonic()
     recipe, options, out = recipe or Recipe.preset(DEFAULT_QUALITY), options or RunOptions(), Path(out)
-    if report_page is not None:
-        check_report_path(report_page, out)
-    planned = planned_run(model, out, recipe, calibration, exclude_modules, options, emit)
+    device, refused = torch.device("cpu"), None
+    try:
+        device = choose_device(options.device) if asked_size() == 1 else ranks_device(options.device, local_rank())
+    except UsageError as error:
+        refused = error  # raised once every rank has been told
+    with started_ranks(device) as ranks:
+        emit = emit if ranks.is_first else ignore_events
+
+        def planned() -> PlannedRun:
+            if refused is not None:
+                raise refused
+            if report_page is not None and ranks.is_first:
+                check_report_path(report_page, out)
+            return planned_run(model, out, recipe, calibration, exclude_modules, options, emit, ranks)
+
+        ready = ranks.together(planned)
+        if ranks.is_first:
+            return _run_and_write(ready, out, options, report_page, started, emit)
+        with tensor_cores(device):
+            follow(ready.job, *_texts(ranks.told()))
+        return QuantizeResult(out, ranks.told(), time.monotonic() - started)
+
+
+def _texts(rows: CalibrationRows | None) -> tuple[TokenRows | None, TokenRows | None]:
+    return (None, None) if rows is None else (rows.calibration, rows.held_out)
+
+
+def _run_and_write(
+    planned: PlannedRun,
+    out: Path,
+    options: RunOptions,
+    report_page: str | Path | None,
+    started: float,
+    emit: Emit,
+) -> QuantizeResult:
+    """The run itself, on the first rank or the only one."""
     given, rows, job, device = planned.given, planned.rows, planned.job, planned.job.device
-    source, plan, layout = given.source, job.plan, job.layout
-    versions = _versions()
-    text = (None, None) if rows is None else (rows.calibration, rows.held_out)
+    recipe, source, plan, layout, ranks = job.recipe, job.source, job.plan, job.layout, job.ranks
+    versions, text = _versions(), _texts(rows)
     known = fingerprint(given, recipe, *text, versions["awqkit"])
     places = plan_layout(layout.specs)
     with (
@@ -167,10 +212,10 @@ def quantize(
         if rows is not None:
             rows = enough_to_check(_with_own_text(rows, state, recipe, given, device, options, emit))
         generate_seconds = time.monotonic() - generating
-        calibration_rows, held_out = (None, None) if rows is None else (rows.calibration, rows.held_out)
-        points = DurablePoints(state, writer, options.save_every)
+        ranks.told(rows)
+        points = DurablePoints(state, writer, options.save_every, ranks)
         with tensor_cores(device):
-            outcome = run(job, calibration_rows, held_out, writer, points, emit)
+            outcome = run(job, *_texts(rows), writer, points, emit)
         refuse_changed(given, known)
         report = Report(
             model=given.name,
@@ -195,6 +240,7 @@ def quantize(
         writer.write_json(TIMINGS_FILE, timings)
         writer.commit()
         state.complete()
+    ranks.told(report)
     if report_page is not None:
         _write_page(report_page, report, timings, out)
     return QuantizeResult(out, report, time.monotonic() - started)

@@ -72,3 +72,12 @@ def refuse_full_scratch(out: Path, scratch_bytes: int, durable_bytes: int) -> No
     together = folder.stat().st_dev == Path(os.path.realpath(out)).parent.stat().st_dev
     if scratch_bytes:
         refuse_full_disk(folder, scratch_bytes + (durable_bytes if together else 0), SCRATCH)
+
+
+def refuse_too_few(rows: TokenRows, ranks: int) -> None:
+    """Raises CalibrationError where not every rank gets a calibration row."""
+    if len(rows.ids) < ranks:
+        raise CalibrationError(
+            f"{len(rows.ids)} calibration rows cannot be shared out among {ranks} ranks: start fewer ranks, or ask for "
+            "more rows (--samples)"
+        )

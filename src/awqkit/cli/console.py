@@ -29,10 +29,10 @@ _LIBRARY_SILENCE = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY
 
 
 class Console:
-    """Where one run of a verb prints. With `quiet` only results appear."""
+    """Where one run of a verb prints. With `quiet` only results appear; nothing where another rank prints for this."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self, *, quiet: bool = False, follows: bool = False) -> None:
+        self._quiet, self.follows = quiet or follows, follows
 
     @contextmanager
     def listening(self) -> Iterator[Emit]:
@@ -52,7 +52,8 @@ class Console:
 
     def result(self, text: str) -> None:
         """Print what was asked for."""
-        _write(sys.stdout, text)
+        if not self.follows:
+            _write(sys.stdout, text)
 
     def hint(self, text: str) -> None:
         """Print what to do next; not with `quiet`."""

@@ -8,6 +8,7 @@ import sys
 import traceback
 
 from awqkit.cli.console import print_error
+from awqkit.cli.launched import follows, num_ranks
 from awqkit.cli.signals import Terminated
 from awqkit.errors import AwqkitError, UsageError
 
@@ -29,8 +30,11 @@ class CommandLineError(UsageError):
 
 def report_failure(error: BaseException, prog: str) -> int:
     """Print what `error` means to a user and return the exit code. `prog` is "awqkit" or "awqkit VERB"."""
+    if follows() and isinstance(error, (AwqkitError, KeyboardInterrupt)):  # the first rank tells
+        return EXIT_TERMINATED if isinstance(error, Terminated) else getattr(error, "exit_code", EXIT_FAILURE)
     if isinstance(error, Terminated):
-        print_error(f"awqkit: terminated, {_left(error)}")
+        others = " (torchrun ends all ranks when one has ended)" if num_ranks() > 1 else ""
+        print_error(f"awqkit: terminated{others}, {_left(error)}")
         return EXIT_TERMINATED
     if isinstance(error, KeyboardInterrupt):
         print_error(f"awqkit: interrupted, {_left(error)}")

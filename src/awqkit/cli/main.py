@@ -18,6 +18,7 @@ from awqkit.cli import compare, convert, demo, evaluate, folds, inspect, quantiz
 from awqkit.cli.arguments import Parser, closest
 from awqkit.cli.console import Console
 from awqkit.cli.failure import CommandLineError, report_failure
+from awqkit.cli.launched import follows, num_ranks
 from awqkit.cli.signals import unwind_on_signals
 
 VERBS: dict[str, ModuleType] = {
@@ -71,7 +72,11 @@ def _dispatch(words: list[str]) -> None:
         )
     verb = VERBS[words[0]]
     args = verb.build_parser().parse(words[1:])
-    verb.run(args, Console(quiet=args.quiet))
+    if num_ranks() > 1 and verb is not quantize:
+        raise CommandLineError(
+            f"{words[0]} runs in one process, and {num_ranks()} were started: leave torchrun out", f"awqkit {words[0]}"
+        )
+    verb.run(args, Console(quiet=args.quiet, follows=follows()))
 
 
 def build_parser() -> Parser:

@@ -50,6 +50,8 @@ examples:
       plain rounding, to see what the search is worth; reads no text
   awqkit quantize ./Qwen3-8B out --recipe mine.toml --seed 1
       all settings from a file, except for those given as flags
+  torchrun --nproc-per-node 4 -m awqkit quantize ./Qwen3-8B out
+      four GPUs on one run
 
 then:
   vllm serve ./Qwen3-8B-AWQ
@@ -131,6 +133,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         from awqkit.api.quantize import quantize
 
         result = quantize(args.model, args.out, recipe, options=options, report_page=args.report, emit=count)
+    if console.follows:
+        return
     console.result(str(result.report))
     console.result(f"\n{_closing_line(result, num_fallbacks)}")
     if args.report is not None:

@@ -11,6 +11,7 @@ rounded alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -52,10 +53,11 @@ def _round_row_blocks(rows: RoundingMetric, scaled: ScaledWeight, evidence: Evid
             error = target - block.restored(dequantize(rounded.quantized.codes, rounded.quantized.grid))
             scaled_error = torch.linalg.solve_triangular(factor[start:end, start:end].t(), error, upper=False)
             remaining[end:] -= factor[start:end, end:].t() @ scaled_error
-    return _joined(parts, order)
+    return joined_rows(parts, order)
 
 
-def _joined(parts: list[Rounded], order: Tensor) -> Rounded:
+def joined_rows(parts: Sequence[Rounded], order: Tensor) -> Rounded:
+    """Rows that were rounded apart as one. order: which row of the whole each of them is, one part after the other."""
     back = torch.argsort(order)
     grid = parts[0].quantized.grid
     joined = Grid(

@@ -143,6 +143,30 @@ def finished(statistics: Statistics) -> Statistics:
     return replace(statistics, gram=mirrored(Gram(statistics.weight_sum, statistics.gram)).gram)
 
 
+def added_gram_(first: Gram, second: Gram) -> Gram:
+    """The sum of two, both as they are while accumulating or both mirrored; the first one's buffer is reused."""
+    return Gram(first.weight_sum + second.weight_sum, first.gram.add_(second.gram))
+
+
+def added_(first: Statistics, second: Statistics) -> Statistics:
+    """The same of whole Statistics. The samples lie one after the other: `sampled_evenly` makes them short again."""
+    summed = added_gram_(Gram(first.weight_sum, first.gram), Gram(second.weight_sum, second.gram))
+    return Statistics(
+        first.token_count + second.token_count,
+        summed.weight_sum,
+        first.abs_sum.add_(second.abs_sum),
+        torch.maximum(first.max_abs, second.max_abs),
+        torch.cat([first.sample, second.sample]),
+        summed.gram,
+    )
+
+
+def sampled_evenly(statistics: Statistics, parts: int) -> Statistics:
+    """With so few tokens in the sample, evenly spaced, that the samples of `parts` such parts are one together."""
+    wanted = -(-_SAMPLE_TOKENS // parts)
+    return replace(statistics, sample=statistics.sample[:: max(1, -(-len(statistics.sample) // wanted))])
+
+
 def pooled(parts: Sequence[Statistics]) -> Statistics:
     """Statistics of the tokens of all parts, finished as they are; samples are taken evenly."""
     gram = torch.zeros_like(parts[0].gram)
@@ -225,6 +249,12 @@ def accumulate_paired_(
         first, weights = first * weights, weights.squeeze(-1)
     add_product_(paired.cross_gram, first, second)
     return replace(paired, quantized=accumulate_gram_(paired.quantized, second, None, weights))
+
+
+def added_paired_(first: PairedStatistics, second: PairedStatistics) -> PairedStatistics:
+    """The sum of two, while accumulating; the first one's buffers are reused."""
+    together = added_gram_(first.quantized, second.quantized)
+    return PairedStatistics(together, first.cross_gram.add_(second.cross_gram))
 
 
 def finished_paired(paired: PairedStatistics) -> PairedStatistics:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from awqkit.model.block_calls import BlockCall, Carried, mapped
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.kept_states import KeptBeside
 from awqkit.pipeline.marked_states import MarkedStates
-from awqkit.pipeline.saved_states import put_together, taken_apart
+from awqkit.pipeline.row_parts import OwnRows
+from awqkit.pipeline.saved_states import rows_of_pieces
 
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
 _DEVICE_SHARE = 0.3  # of the free device memory that hidden states may take before they live on the host
@@ -56,6 +56,7 @@ class HiddenStates:
     A model with several residual streams has a dimension more. What blocks hand on beside them goes with them.
     tokens_per_batch: how many tokens a batch holds at most (one row at least); None for as many as suit the device.
     num_streams: about how many of this size there will be; together they leave the device room for the work itself.
+    own: which of all rows these are, where there are several ranks or parts; no batch has rows of two parts.
     """
 
     def __init__(
@@ -66,14 +67,16 @@ class HiddenStates:
         *,
         tokens_per_batch: int | None = None,
         num_streams: int = 1,
+        own: OwnRows | None = None,
     ) -> None:
         self._device, self._mask, self._rows = device, rows.mask, rows
+        self.own = own or OwnRows.undivided(len(rows.ids))
         self._tokens_per_batch = tokens_per_batch or usual_tokens_per_batch(device)
-        self._batches = list(_batches(rows.ids.shape, self._tokens_per_batch))
+        self._batches = list(_batches(rows.ids.shape, self._tokens_per_batch, self.own.ends))
         self._mark: MarkedStates | None = None
         self._calls: dict[int, tuple[BlockCall, ...]] = {}  # by the first row of a batch
         self._beside: dict[int, tuple[Carried, ...]] = {}
-        self._states: Tensor | None = None
+        self._states: Tensor | None = None if self._batches else torch.empty(0, rows.ids.shape[1], 1)
         for part, started in zip(self._batches, skeleton.start(self._split(rows), device), strict=True):
             if self._states is None:
                 self._states = _place(rows.ids.shape, started.hidden.shape[2:], device, num_streams)
@@ -119,17 +122,26 @@ class HiddenStates:
             call = self._calls[part.start][block].given(self.beside(part))
             yield part, self._states[part].to(self._device), self._call(call), mask
 
-    def to_save(self) -> tuple[dict[str, Tensor], Any]:
-        """All of it as named tensors, and a JSON value that says what those are which go with the hidden states."""
-        tensors = {"hidden": self._states}
-        return tensors, [[start, taken_apart(beside, tensors)] for start, beside in self._beside.items()]
+    def held(self) -> tuple[Tensor, list[tuple[int, tuple[Carried, ...]]]]:
+        """The hidden states, and what goes with them, each with the number of its first row among all rows."""
+        first = self.own.rows.start
+        return self._states, [(first + start, beside) for start, beside in self._beside.items()]
 
-    def restore(self, tensors: Mapping[str, Tensor], form: Any) -> None:
-        """Be where `to_save` was called."""
-        self._states.copy_(tensors["hidden"])
-        own = self._states.device
-        together = {start: put_together(beside, tensors) for start, beside in form}
-        self._beside = {start: mapped(beside, lambda tensor: tensor.to(own)) for start, beside in together.items()}
+    def put(self, hidden: Tensor, pieces: Sequence[tuple[int, tuple[Carried, ...]]]) -> None:
+        """Be where `held` was called, however the rows were cut there; hidden: these rows', pieces: of all rows."""
+        if self._batches:
+            self._states.copy_(hidden)
+        own, first = self._states.device, self.own.rows.start
+        for part in self._batches if pieces else ():
+            found = rows_of_pieces(pieces, slice(first + part.start, first + part.stop))
+            self._beside[part.start] = mapped(found, lambda tensor: tensor.to(own))
+
+    def standing_in(self, hidden: Tensor, own: OwnRows) -> HiddenStates:
+        """A stream that only `rows_of` is asked of: these hidden states of other rows of the same kind."""
+        twin = object.__new__(HiddenStates)
+        twin.__dict__.update(self.__dict__)
+        twin._states, twin._beside, twin.own, twin._batches = hidden, {}, own, []
+        return twin
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +198,7 @@ class HiddenStates:
         for part in self._batches if self._beside else ():
             together.keep(part, self.beside(part))
         self._tokens_per_batch = max(1, self._tokens_per_batch // 2)
-        self._batches = list(_batches(self._rows.ids.shape, self._tokens_per_batch))
+        self._batches = list(_batches(self._rows.ids.shape, self._tokens_per_batch, self.own.ends))
         self._calls = {}
         for part, started in zip(self._batches, skeleton.start(self._split(self._rows), self._device), strict=True):
             self._calls[part.start] = self._sharing(started.calls)
@@ -209,11 +221,11 @@ def usual_tokens_per_batch(device: torch.device) -> int:
     return _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
 
 
-def _batches(shape: torch.Size, tokens_per_batch: int) -> Iterator[slice]:
-    rows, tokens = shape
-    step = max(1, tokens_per_batch // tokens)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def _batches(shape: torch.Size, tokens_per_batch: int, ends: Sequence[int]) -> Iterator[slice]:
+    step = max(1, tokens_per_batch // shape[1])
+    for first, end in zip((0, *ends), ends, strict=False):
+        for start in range(first, end, step):
+            yield slice(start, min(start + step, end))
 
 
 def _place(shape: torch.Size, width: torch.Size, device: torch.device, num_streams: int) -> Tensor:

@@ -10,7 +10,7 @@ store     the values of everything that goes to disk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +37,7 @@ from awqkit.pipeline.observe_block import (
     refuse_non_finite,
 )
 from awqkit.pipeline.quantized_block import advance, weights_replaced
+from awqkit.pipeline.row_parts import OwnRows, by_part
 from awqkit.pipeline.search_block import (
     Choice,
     EvidenceOf,
@@ -51,6 +52,7 @@ from awqkit.pipeline.search_block import (
 )
 from awqkit.pipeline.sensitivity import measure_sensitivity
 from awqkit.pipeline.stopped_rows import StoppedRows
+from awqkit.pipeline.summed_statistics import summed_numbers
 from awqkit.recipe import AUTO, Recipe
 
 Stage = Callable[[str], None]
@@ -150,6 +152,8 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
     alone_in_groups = len(recipes) == 1 and not recipes[0].looks_across_groups
     group_size = context.plan.group_size if alone_in_groups else None
     statistics = observe(context, original, token_weight, kept, group_size)
+    if kept is not None:
+        kept.agree_on_sources(context.ranks)
     return Observed(statistics, row_weights, token_weight, kept)
 
 
@@ -176,7 +180,8 @@ def quantize_observed(
         rows, evidence_of = None, _on_the_original(originals)
         if quantized_stream is not None:
             rows = stack.enter_context(closing(StoppedRows(context, quantized_stream)))
-            evidence_of = _on_both_streams(context, observed, measured, originals, rows, held_out, stage)
+            own = quantized_stream.own
+            evidence_of = _on_both_streams(context, observed, measured, originals, rows, own, held_out, stage)
         stage("search")
         choice = choose(context, proofs.exact, measured, originals, evidence_of)
         refused, fallback, errors = proofs.refused, None, None
@@ -218,7 +223,7 @@ def _with_tokens(
 
 
 def _on_the_original(originals: Mapping[str, Evidence]) -> EvidenceOf:
-    return lambda entry, quantized: originals[entry.first]
+    return lambda entry, quantized: partial(originals.__getitem__, entry.first)
 
 
 def _on_both_streams(
@@ -227,12 +232,14 @@ def _on_both_streams(
     measured: Measured,
     originals: Mapping[str, Evidence],
     rows: StoppedRows,
+    own: OwnRows,
     held_out: Stream | None,
     stage: Stage,
 ) -> EvidenceOf:
     """With propagation: the original's input as it was kept, and the one that the quantized stream reaches.
 
-    The way there is a stage of its own, "follow", amid the search.
+    own: which rows these are. What all ranks must compute together is done at once, the rest when it is asked for. The
+    way there is a stage of its own, "follow", amid the search.
     """
     assert observed.kept is not None
     kept, structure = observed.kept, context.structure
@@ -240,20 +247,20 @@ def _on_both_streams(
     position = {entry.first: number for number, entry in enumerate(structure.inputs)}
     found: dict[str, tuple[list[QuantizedLinear], Evidence]] = {}  # by source, with the linears that it was found with
 
-    def evidence(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Evidence:
+    def evidence(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Callable[[], Evidence]:
         if entry.expert is not None:
             return of_expert(entry, quantized)
-        readers = readers_of(context, entry, measured)
-        return of_every_token(entry, quantized, readers)
+        found_now = of_every_token(entry, quantized, readers_of(context, entry, measured))
+        return lambda: found_now
 
-    def of_expert(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Evidence:
+    def of_expert(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Callable[[], Evidence]:
         """Its own tokens' H, and the correction that all tokens of what it picks from ask for.
 
         Which tokens meet an expert differs from stream to stream, so its own cannot be paired.
         """
-        own, source = originals[entry.first], kept.source_of(entry.expert.experts)
+        source = kept.source_of(entry.expert.experts)
         if source is None or entry.first not in picked:
-            return own
+            return partial(originals.__getitem__, entry.first)
         before = [
             linear for name, linear in quantized.items() if position[structure.input_of(name).first] < position[source]
         ]
@@ -262,21 +269,22 @@ def _on_both_streams(
             whole = structure.input_of(source)
             readers = readers_named(context, whole.readers, measured)
             found[source] = known = before, of_every_token(whole, quantized, readers, for_others=True)
-        return replace(own, shift=known[1].shift, strength=known[1].strength)
+        of_all = known[1]
+        return lambda: replace(originals[entry.first], shift=of_all.shift, strength=of_all.strength)
 
     def of_every_token(
         entry: LinearInput, quantized: Mapping[str, QuantizedLinear], readers: Readers, *, for_others: bool = False
     ) -> Evidence:
         stage("follow")
         pairs = ((part, kept.at(entry.first, part), inputs, mask) for part, inputs, mask in rows.at(entry, quantized))
-        paired, checked = observe_pair(entry, pairs, context.device, observed.token_weight), None
+        paired, checked = observe_pair(context, entry, pairs, own, observed.token_weight), None
         if context.recipe.propagation == AUTO and held_out is not None and held_out.quantized is not None:
             original = StoppedRows(context, held_out.original, wait=False).at(entry, {})
             reached = StoppedRows(context, held_out.quantized, wait=False).at(entry, quantized)
             both = (
                 (part, inputs, met, mask) for (part, inputs, mask), (_, met, _) in zip(original, reached, strict=True)
             )
-            checked = observe_pair(entry, both, context.device)
+            checked = observe_pair(context, entry, both, held_out.original.own)
         stage("search")
         return propagated_evidence(paired, checked, readers, choices, for_others=for_others)
 
@@ -292,23 +300,29 @@ def check_held_out(
     Ŷ is computed from what the block will really get: the quantized stream's rows where there are any; then it is the
     second result, for each choice.
     """
-    totals, contribution = [0.0] * len(choices), 0.0
     outputs = [] if stream.quantized is None else [stream.quantized.copy() for _ in choices]
     entered = (stream.quantized or stream.original).batches(context.index)
-    for (part, hidden, call, mask), (_, reached, own_call, _) in zip(
-        stream.original.batches(context.index), entered, strict=True
-    ):
-        real = ... if mask is None else mask
-        with torch.no_grad():
-            output, beside = hand_on(context.block, hidden, call)
-            contribution += float((output - hidden)[real].square().sum())
-            for position, choice in enumerate(choices):
-                with weights_replaced(context, choice):
-                    found = hand_on(context.block, reached, own_call)
-                if outputs:
-                    outputs[position].write(part, *found)
-                totals[position] += float((found.hidden - output)[real].square().sum())
-        stream.original.write(part, output, beside)
+    original = stream.original.batches(context.index)
+    both = ((part, *rest, *second) for (part, *rest), second in zip(original, entered, strict=True))
+
+    def of_parts() -> Iterator[list[float]]:
+        for batches in by_part(both, stream.original.own.ends):
+            totals, contribution = [0.0] * len(choices), 0.0
+            for part, hidden, call, mask, _, reached, own_call, _ in batches:
+                real = ... if mask is None else mask
+                with torch.no_grad():
+                    output, beside = hand_on(context.block, hidden, call)
+                    contribution += float((output - hidden)[real].square().sum())
+                    for position, choice in enumerate(choices):
+                        with weights_replaced(context, choice):
+                            found = hand_on(context.block, reached, own_call)
+                        if outputs:
+                            outputs[position].write(part, *found)
+                        totals[position] += float((found.hidden - output)[real].square().sum())
+                stream.original.write(part, output, beside)
+            yield [contribution, *totals]
+
+    contribution, *totals = summed_numbers(context.ranks, of_parts())
     return tuple(total / max(contribution, torch.finfo(torch.float32).tiny) for total in totals), outputs
 
 

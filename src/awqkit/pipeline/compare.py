@@ -33,6 +33,7 @@ from awqkit.pipeline.context import BlockContext, Stream, Streams
 from awqkit.pipeline.observe_block import refuse_non_finite
 from awqkit.pipeline.plan import RunPlan
 from awqkit.pipeline.quantized_block import advance
+from awqkit.pipeline.ranks import Ranks
 from awqkit.pipeline.search_block import Choice
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
@@ -241,7 +242,8 @@ def _one_block(course: _Course, block: nn.Module, index: int, tell: Callable[[st
     contexts = []
     for lane in course.lanes:
         plan, recipe = lane.contender.plan, lane.contender.recipe
-        contexts.append(BlockContext(course.skeleton, plan, plan.blocks[index], recipe, block, parameters))
+        alone = Ranks.alone(course.device)
+        contexts.append(BlockContext(course.skeleton, plan, plan.blocks[index], recipe, block, parameters, alone))
     refuse_non_finite(contexts[0])
     tell("observe")
     proofs = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from awqkit.model.structure import BlockStructure
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.end_gradients import EndGradients
 from awqkit.pipeline.plan import BlockPlan, RunPlan
+from awqkit.pipeline.ranks import Ranks
 from awqkit.recipe import Recipe
 
 
@@ -29,9 +30,9 @@ class Stream:
 class Streams:
     """The hidden states that a run carries from block to block.
 
-    calibration: rows for the statistics. probe: two of them, for the row weights. held_out: rows for the check, or
-    None. gradients: of the end loss at every block's output, for the calibration rows, or None. weights:
-    `[rows, tokens]`, what their tokens count in statistics, or None where all count 1.
+    calibration: this rank's rows for the statistics. probe: the first two of all, for the row weights. held_out: this
+    rank's rows for the check, or None. gradients: of the end loss at every block's output, for the calibration rows,
+    or None. weights: `[rows, tokens]`, what their tokens count in statistics, or None where all count 1.
     """
 
     calibration: Stream
@@ -62,7 +63,10 @@ class Streams:
 
 @dataclass(frozen=True, slots=True)
 class BlockContext:
-    """One block with its weights in memory, and everything that was settled before."""
+    """One block with its weights in memory, and everything that was settled before.
+
+    ranks: all that work on this block, each with its own rows, and with its own linears to quantize.
+    """
 
     skeleton: Skeleton
     plan: RunPlan
@@ -70,6 +74,7 @@ class BlockContext:
     recipe: Recipe
     block: nn.Module
     parameters: Mapping[str, Tensor]
+    ranks: Ranks = field(default_factory=Ranks.alone)
 
     @property
     def index(self) -> int:

@@ -19,16 +19,23 @@ from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_step import BlockResult
 from awqkit.pipeline.context import Streams
 from awqkit.pipeline.plan import BlockPlan, RunPlan
+from awqkit.pipeline.ranks import Ranks
+from awqkit.pipeline.saved_states import put_together, taken_apart
+from awqkit.pipeline.whole_streams import gathered_streams, put_streams
 from awqkit.recipe import Recipe
 
 _LARGEST_SHARE = 0.05  # of the time, for durable points; where they take long they come less often
 
 
 class DurablePoints:
-    """Those of one run. every: seconds from one to the next, at least; 0 has one after every block."""
+    """Those of one run, on the first rank. every: seconds from one to the next, at least; 0 has one after every block.
 
-    def __init__(self, state: RunState, writer: CheckpointWriter, every: float) -> None:
+    The others take part in `restore` and `make` by `follow_restore` and `follow_block`.
+    """
+
+    def __init__(self, state: RunState, writer: CheckpointWriter, every: float, ranks: Ranks | None = None) -> None:
         self._state, self._writer, self._every = state, writer, every
+        self._ranks = ranks or Ranks.alone()
         self._since, self._due_after = time.monotonic(), every
         self._batch_tokens = 0, 0
         self._results = [name for name in state.journal.get("files", ()) if name.startswith("block-")]
@@ -75,10 +82,12 @@ class DurablePoints:
     def restore(self, streams: Streams) -> None:
         """Put the streams where the earlier run's were."""
         tensors, forms = self._state.load(self._state.journal["states"]), self._state.journal["forms"]
-        for name, states in streams.named.items():
+        saved = {}
+        for name, form in forms.items():
             start = f"{name}: "
             own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-            states.restore(own, forms[name])
+            saved[name] = own["hidden"], [(first, put_together(beside, own)) for first, beside in form]
+        put_streams(self._ranks, streams, saved)
 
     def keep_result(self, index: int, result: BlockResult) -> None:
         """Write what tuning starts from: a block as it was quantized."""
@@ -124,8 +133,9 @@ class DurablePoints:
         states, forms, done = None, {}, len(decisions)
         if streams is not None:
             states, tensors = f"states-{done:05d}.safetensors", {}
-            for name, found in streams.named.items():
-                own, forms[name] = found.to_save()
+            for name, (hidden, pieces) in (gathered_streams(self._ranks, streams) or {}).items():
+                own = {"hidden": hidden}
+                forms[name] = [[first, taken_apart(beside, own)] for first, beside in pieces]
                 tensors |= {f"{name}: {key}": value for key, value in own.items()}
             self._state.save(states, tensors)
         self._state.record(
@@ -145,6 +155,17 @@ class DurablePoints:
         """What is written of the blocks is about to change: their checksums say nothing from now on."""
         if self._state.journal:
             self._state.record(rewriting=True)
+
+
+def follow_restore(ranks: Ranks, streams: Streams) -> None:
+    """What the other ranks do where the first calls `restore`."""
+    put_streams(ranks, streams, None)
+
+
+def follow_block(ranks: Ranks, streams: Streams) -> None:
+    """What the other ranks do where the first asks whether a point is due, and makes it."""
+    if ranks.told():
+        gathered_streams(ranks, streams)
 
 
 def durable_bytes(recipe: Recipe, plan: RunPlan, rows: TokenRows | None, held_out: TokenRows | None) -> int:

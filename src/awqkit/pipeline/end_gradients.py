@@ -17,16 +17,21 @@ from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.draw import drawn_tokens
 from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_per_batch
 from awqkit.pipeline.kept_states import KeptBeside, kept_states
+from awqkit.pipeline.ranks import Ranks
+from awqkit.pipeline.row_parts import OwnRows
 
 BATCH_DIVISOR = 2  # a backward pass keeps what a forward pass drops
 _LARGEST_TOKEN_WEIGHT = 20.0  # times the mean: beyond it a few tokens would be all that counts
 
 
 class EndGradients:
-    """`[rows, tokens, width]` bfloat16 for every block, and the gradients of what it hands on beside that."""
+    """`[rows, tokens, width]` bfloat16 for every block, and the gradients of what it hands on beside that.
 
-    def __init__(self, gradients: list[Tensor], beside: Sequence[KeptBeside] = ()) -> None:
-        self._gradients, self._beside = gradients, beside
+    Of this rank's rows; token weights are relative to the mean over those of all ranks.
+    """
+
+    def __init__(self, gradients: list[Tensor], beside: Sequence[KeptBeside] = (), ranks: Ranks | None = None) -> None:
+        self._gradients, self._beside, self._ranks = gradients, beside, ranks or Ranks.alone()
 
     def at(self, block: int) -> Tensor:
         """The gradient at the block's output for all rows, wherever it is kept."""
@@ -38,10 +43,13 @@ class EndGradients:
 
     def token_weight(self, block: int) -> Tensor:
         """`[rows, tokens]` float32, mean 1: the root of each token's mean squared gradient, cut at 20 × the mean."""
-        weight = torch.stack([row.float().square().flatten(1).mean(dim=-1).sqrt() for row in self._gradients[block]])
+        own = torch.stack([row.float().square().flatten(1).mean(dim=-1).sqrt() for row in self._gradients[block]])
+        parts = self._ranks.everyones(own)
+        weight = torch.cat([part.to(own.device) for part in parts])
         weight = weight / weight.mean().clamp(min=torch.finfo(torch.float32).tiny)
         weight = weight.clamp(max=_LARGEST_TOKEN_WEIGHT)
-        return weight / weight.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        weight = weight / weight.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        return weight.split([len(part) for part in parts])[self._ranks.rank]
 
 
 def measure_end_gradients(
@@ -51,14 +59,16 @@ def measure_end_gradients(
     seed: int,
     step: Callable[[int], None],
     tokens_per_batch: int | None = None,
+    own: OwnRows | None = None,
+    ranks: Ranks | None = None,
 ) -> EndGradients:
     """The gradients of −log p(label) summed over all tokens.
 
     step(block): called after each block of both passes. tokens_per_batch: of a forward pass, None for as many as suit
-    the device.
+    the device. own: which of all rows these are, as in `HiddenStates`.
     """
     tokens = max(1, (tokens_per_batch or usual_tokens_per_batch(device)) // BATCH_DIVISOR)
-    states = HiddenStates(skeleton, rows, device, tokens_per_batch=tokens)
+    states = HiddenStates(skeleton, rows, device, tokens_per_batch=tokens, own=own)
     *inputs, last = kept_states([states.shape] * (skeleton.num_blocks + 1), device)
     beside = [KeptBeside(len(rows.ids), device) for _ in inputs]
     for index in range(skeleton.num_blocks):
@@ -93,7 +103,7 @@ def measure_end_gradients(
         finally:
             skeleton.release_block(index)
         step(index)
-    return EndGradients([*inputs[1:], last], felt)
+    return EndGradients([*inputs[1:], last], felt, ranks)
 
 
 def backward_from(handed: Handed, gradient: Tensor, beside: Sequence[Tensor]) -> None:
@@ -121,6 +131,8 @@ def _gradient(leaf: Tensor) -> Tensor:
 def _at_last_output(skeleton: Skeleton, rows: TokenRows, states: HiddenStates, device: torch.device, seed: int) -> None:
     """Put the gradient at the last block's output in the place of that output."""
     generator = torch.Generator().manual_seed(seed)
+    for _ in range(states.own.rows.start):  # every row gets the same numbers, whoever has it
+        torch.rand(rows.ids.shape[1], 1, generator=generator)
     with skeleton.head(device) as head:
         for part, hidden, _, mask in states.batches(0):
             for row in range(len(hidden)):

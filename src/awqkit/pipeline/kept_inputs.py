@@ -13,6 +13,7 @@ from torch import Tensor
 
 from awqkit.model.structure import LinearInput
 from awqkit.pipeline.kept_states import kept_states
+from awqkit.pipeline.ranks import Ranks
 
 
 class KeptInputs:
@@ -45,6 +46,10 @@ class KeptInputs:
     def source_of(self, experts: str) -> str | None:
         """The first reader of the tensor that experts pick their rows from, or None where none was found."""
         return self._source.get(experts)
+
+    def agree_on_sources(self, ranks: Ranks) -> None:
+        """Have on every rank the sources that the first one found, so that all compute the same."""
+        self._source = ranks.told(self._source)
 
     def let_go(self) -> None:
         """Hold no inputs beyond the run of the block that they are from."""

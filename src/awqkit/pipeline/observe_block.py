@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -32,6 +32,8 @@ from awqkit.pipeline.context import BlockContext
 from awqkit.pipeline.expert_tokens import MetTokens, of_tokens, usual_of_experts, with_few_tokens_shrunk
 from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.plan import Probe
+from awqkit.pipeline.row_parts import OwnRows, by_part
+from awqkit.pipeline.summed_statistics import summed_paired, summed_statistics
 
 Pair = tuple[slice, Tensor, Tensor, "Tensor | None"]  # rows, their input on both streams, and the mask
 
@@ -59,7 +61,7 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
     """
     probe = _with_real_states(context, rows)
     run = probe.runner(context.block, context.index)
-    asked, proved = [], []
+    asked: list[Fold] = []
     refused = [
         FoldDecision(refusal.label, "none", refusal.consumers, 0, None, fallback=refusal.reason)
         for refusal in context.structure.refusals
@@ -73,9 +75,14 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
             asked.append(fold)
         else:
             refused.append(_refused(fold, None, reason))
-    with torch.no_grad(), full_precision():
-        errors = proof_errors(context.block, run, probe.hidden, context.structure, asked) if asked else ()
-    for fold, error in zip(asked, errors, strict=True):
+
+    def errors() -> list[float]:
+        with torch.no_grad(), full_precision():
+            return proof_errors(context.block, run, probe.hidden, context.structure, asked) if asked else []
+
+    proved = []
+    (found,) = context.ranks.spread([errors], [1.0])  # by one rank, so that all agree
+    for fold, error in zip(asked, found, strict=True):
         if error <= PROOF_TOLERANCE:
             proved.append((fold, error))
         else:
@@ -154,15 +161,22 @@ def observe(
     observer = _Observer(context, kept, group_size)
     experts = {entry.first for entry in structure.inputs if entry.expert is not None}
     in_turn = experts if context.recipe.all_experts else set()
-    for part, hidden, call, mask in rows.batches(context.index):
-        run, weight = partial(hand_on, context.block, hidden, call), _weights_of(token_weight, part, hidden)
-        output = observer.see(run, part, mask, weight, leave_out=in_turn)
-        if in_turn:
-            others = {entry.first for entry in structure.inputs} - in_turn
-            see = partial(observer.see, run, part, mask, weight, leave_out=others)
-            run_with_all_experts(see, structure.experts)
-        rows.write(part, *output)
-    return with_few_tokens_shrunk(structure, {first: finished(seen) for first, seen in observer.found.items()})
+
+    def of_parts() -> Iterator[Mapping[str, Statistics]]:
+        for batches in by_part(rows.batches(context.index), rows.own.ends):
+            observer.begin()
+            for part, hidden, call, mask in batches:
+                run, weight = partial(hand_on, context.block, hidden, call), _weights_of(token_weight, part, hidden)
+                output = observer.see(run, part, mask, weight, leave_out=in_turn)
+                if in_turn:
+                    others = {entry.first for entry in structure.inputs} - in_turn
+                    see = partial(observer.see, run, part, mask, weight, leave_out=others)
+                    run_with_all_experts(see, structure.experts)
+                rows.write(part, *output)
+            yield observer.found
+
+    summed = summed_statistics(context.ranks, of_parts(), len(rows.own.ends))
+    return with_few_tokens_shrunk(structure, {first: finished(seen) for first, seen in summed.items()})
 
 
 class _Observer:
@@ -170,15 +184,22 @@ class _Observer:
 
     def __init__(self, context: BlockContext, kept: KeptInputs | None, group_size: int | None) -> None:
         entries = context.structure.inputs
-        self.found = {
-            entry.first: empty_statistics(
-                entry.num_channels, context.device, whole_groups(entry.num_channels, group_size)
-            )
-            for entry in entries
-        }
+        self.found: dict[str, Statistics] = {}
+        self._channels, self._device, self._group_size = (
+            {entry.first: entry.num_channels for entry in entries},
+            context.device,
+            group_size,
+        )
         self._kept = kept
         self._by_weight = {context.structure.linear(entry.first).weight: entry for entry in entries}
         self._watched = {name: context.weight(entry.first) for name, entry in self._by_weight.items()}
+
+    def begin(self) -> None:
+        """Begin with no tokens."""
+        self.found = {
+            first: empty_statistics(count, self._device, whole_groups(count, self._group_size))
+            for first, count in self._channels.items()
+        }
 
     def see(
         self,
@@ -215,15 +236,24 @@ class _Observer:
 
 
 def observe_pair(
-    entry: LinearInput, pairs: Iterable[Pair], device: torch.device, token_weight: Tensor | None = None
+    context: BlockContext,
+    entry: LinearInput,
+    pairs: Iterable[Pair],
+    own: OwnRows,
+    token_weight: Tensor | None = None,
 ) -> PairedStatistics:
-    """One linear input on both streams."""
-    paired = empty_paired(entry.num_channels, device)
-    for part, original, reached, mask in pairs:
-        # both as the original is kept: where the streams are the same, C − Ĥ must be nothing
-        pair = (original.to(torch.bfloat16), reached.to(torch.bfloat16))
-        paired = accumulate_paired_(paired, *pair, mask, _weights_of(token_weight, part, reached))
-    return finished_paired(paired)
+    """One linear input on both streams. own: which rows these are."""
+
+    def of_parts() -> Iterator[PairedStatistics]:
+        for batches in by_part(pairs, own.ends):
+            paired = empty_paired(entry.num_channels, context.device)
+            for part, original, reached, mask in batches:
+                # both as the original is kept: where the streams are the same, C − Ĥ must be nothing
+                pair = (original.to(torch.bfloat16), reached.to(torch.bfloat16))
+                paired = accumulate_paired_(paired, *pair, mask, _weights_of(token_weight, part, reached))
+            yield paired
+
+    return finished_paired(summed_paired(context.ranks, of_parts()))
 
 
 def _weights_of(token_weight: Tensor | None, part: slice, hidden: Tensor) -> Tensor | None:

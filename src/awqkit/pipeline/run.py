@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,7 +13,16 @@ from awqkit.checkpoint.tensor_source import TensorSource
 from awqkit.checkpoint.writer import CheckpointWriter
 from awqkit.decisions import BlockDecision, TuningDecision
 from awqkit.errors import CheckpointError
-from awqkit.events import BlockFinished, Caution, Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted
+from awqkit.events import (
+    BlockFinished,
+    Caution,
+    Emit,
+    Notice,
+    TaskAdvanced,
+    TaskFinished,
+    TaskStarted,
+    ignore_events,
+)
 from awqkit.formats.format import Format
 from awqkit.model.matrices import with_stacks_whole
 from awqkit.model.skeleton import Skeleton
@@ -23,16 +32,18 @@ from awqkit.pipeline.background_writes import BackgroundWrites
 from awqkit.pipeline.block_memory import block_memory, fitting_tokens
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
 from awqkit.pipeline.context import BlockContext, Streams
-from awqkit.pipeline.durable_points import DurablePoints
+from awqkit.pipeline.durable_points import DurablePoints, follow_block, follow_restore
 from awqkit.pipeline.free_memory import free_bytes
 from awqkit.pipeline.layout import OutputLayout, packed_parts
 from awqkit.pipeline.plan import BlockPlan, RunPlan
+from awqkit.pipeline.ranks import Ranks
 from awqkit.pipeline.read_ahead import ReadAhead
 from awqkit.pipeline.smaller_batches import begin_block, halve, no_room, run_again
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
 from awqkit.pipeline.tunable_block import TunableBlock
 from awqkit.pipeline.tuning_stage import finish_tuning, start_tuning, tunable_block, why_not_tuned
+from awqkit.pipeline.whole_streams import streams_to_tune
 from awqkit.recipe import Recipe
 
 _TASK, _GRADIENT_TASK = "block", "gradient step"
@@ -49,6 +60,7 @@ class Run:
     layout: OutputLayout
     written: Format
     device: torch.device
+    ranks: Ranks = field(default_factory=Ranks.alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,7 @@ def run(
 ) -> Outcome:
     """Quantize every block and write every tensor. rows: None for a recipe that looks at no text.
 
+    The first rank runs this, the others `follow` it: what one tells the other is told, in the same order.
     points: where an earlier run got to, and how often this one is made durable. Raises CheckpointError where a tensor
     holds NaN or inf.
     """
@@ -84,7 +97,10 @@ def run(
         if name not in in_blocks and not writer.has(name):
             _copy(job, name, writer, is_buffer=name in buffers)
     clock.enter("start")
-    streams = None if rows is None else _streams(job, rows, held_out, points, emit)
+    streams, ranks = None, job.ranks
+    if rows is not None:
+        batch = ranks.told(points.batch_tokens(lambda: _fitting_tokens(job)))
+        streams = _streams(job, rows, held_out, batch, points, emit)
     start, tuning = None, None
     if rows is not None and job.recipe.tuning_epochs > 0:
         no_room = points.why_not_tuned(lambda: why_not_tuned(job.recipe, job.plan, job.device))
@@ -93,6 +109,8 @@ def run(
         else:
             emit(Caution(no_room))
             tuning = TuningDecision(0, None, None, no_room)
+    if streams is not None:
+        ranks.told((points.blocks, start is not None))
     if points.blocks:
         emit(Notice(f"an earlier run was stopped: going on after block {points.blocks} of {num_blocks}"))
     emit(TaskStarted(_TASK, num_blocks, points.blocks))
@@ -120,7 +138,8 @@ def run(
             clock.enter("save")
             if block is not None:
                 points.keep_result(index, result)
-            if points.is_due(num_blocks, len(decisions)):
+            due = points.is_due(num_blocks, len(decisions))
+            if ranks.told(due) if streams is not None else due:
                 writes.wait()
                 points.make(num_blocks, decisions, streams, clock.seconds)
             clock.enter("")
@@ -132,7 +151,9 @@ def run(
     emit(TaskFinished(_TASK))
     if start is not None and streams is not None:
         clock.enter("tune")
-        tuning, moved = finish_tuning(job.skeleton, job.recipe, job.plan.stored_dtype, start, streams, tunable, emit)
+        whole = streams_to_tune(ranks, streams)
+        assert whole is not None  # this is the first rank
+        tuning, moved = finish_tuning(job.skeleton, job.recipe, job.plan.stored_dtype, start, whole, tunable, emit)
         points.before_rewriting()
         for index, (linears, gains) in enumerate(moved):
             _rewrite(job, index, linears, gains, writer)
@@ -140,14 +161,45 @@ def run(
     return Outcome(tuple(decisions), tuning, {name: seconds for name, seconds in clock.seconds.items() if name})
 
 
-def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, points: DurablePoints, emit: Emit) -> Streams:
+def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None:
+    """What every rank but the first does in a run: its share of each block. It writes nothing."""
+    if rows is None:
+        return
+    ranks, streams = job.ranks, _streams(job, rows, held_out, job.ranks.told(), None, ignore_events)
+    done, tunes = ranks.told()
+    if done:
+        follow_restore(ranks, streams)
+    for index in range(done, len(job.plan.blocks)):
+        block = job.skeleton.load_block(index, job.device)
+        try:
+            quantize_block(block_context(job, index, block), streams, lambda stage: None)
+        finally:
+            job.skeleton.release_block(index)
+        follow_block(ranks, streams)
+    if tunes:
+        streams_to_tune(ranks, streams)
+
+
+def _fitting_tokens(job: Run) -> int:
+    memory = block_memory(job.skeleton, job.plan, job.recipe)
+    return fitting_tokens(memory, job.device, free_bytes(job.device))
+
+
+def _streams(
+    job: Run,
+    rows: TokenRows,
+    held_out: TokenRows | None,
+    batch: tuple[int, int],
+    points: DurablePoints | None,
+    emit: Emit,
+) -> Streams:
     """Hidden states before the first block; for end-loss gradients the whole model runs forward and back before it.
 
-    In batches that fit beside a block, or as an earlier run had them when it was stopped.
+    batch: as `DurablePoints.batch_tokens` gives it. points: None on ranks that only follow.
     """
     steps, done = 2 * len(job.plan.blocks) - 1, 0  # there, and back to the second block
     memory, length = block_memory(job.skeleton, job.plan, job.recipe), rows.ids.shape[1]
-    tokens, halved = points.batch_tokens(lambda: fitting_tokens(memory, job.device, free_bytes(job.device)))
+    tokens, halved = batch
 
     def step(index: int) -> None:
         nonlocal done
@@ -160,17 +212,23 @@ def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, points: Dura
     def begin() -> Streams:
         nonlocal done
         done = 0
-        return start_streams(job.skeleton, job.recipe, rows, held_out, job.device, step, tokens_per_batch=tokens)
+        return start_streams(
+            job.skeleton, job.recipe, rows, held_out, job.device, step, tokens_per_batch=tokens, ranks=job.ranks
+        )
 
     def smaller() -> int:
         nonlocal tokens
+        assert points is not None
         if tokens <= length:
             raise no_room("the model", memory, length, job.device)
         tokens //= 2
         points.note_batch_tokens(tokens, halved)
         return max(tokens, length)
 
-    streams = run_again(begin, smaller, "hidden states before the first block", job.device, emit)
+    if points is None or job.ranks.size > 1:
+        streams = begin()
+    else:
+        streams = run_again(begin, smaller, "hidden states before the first block", job.device, emit)
     if job.recipe.sensitivity != "none":
         emit(TaskFinished(_GRADIENT_TASK))
     for _ in range(halved):
@@ -191,7 +249,7 @@ def _finished_block(job: Run, index: int, points: DurablePoints) -> TunableBlock
 def block_context(job: Run, index: int, block: nn.Module) -> BlockContext:
     """What the steps of a block share, its weights being in memory."""
     parameters = {name: value.data for name, value in block.named_parameters()}
-    return BlockContext(job.skeleton, job.plan, job.plan.blocks[index], job.recipe, block, parameters)
+    return BlockContext(job.skeleton, job.plan, job.plan.blocks[index], job.recipe, block, parameters, job.ranks)
 
 
 def _one_block(
@@ -209,7 +267,7 @@ def _one_block(
 ) -> tuple[BlockResult, TunableBlock | None]:
     def quantized() -> tuple[BlockContext, BlockResult]:
         stage("read")
-        if streams is not None:
+        if streams is not None and job.ranks.size == 1:  # several ranks cannot begin again one by one
             begin_block(streams, job.device)
         context = block_context(job, index, job.skeleton.load_block(index, job.device, ahead.read))
         ahead.ask(index + 1)
@@ -226,7 +284,10 @@ def _one_block(
         return rows.tokens_per_batch
 
     try:
-        context, result = run_again(quantized, smaller, job.plan.blocks[index].path, job.device, emit)
+        if job.ranks.size > 1:
+            context, result = quantized()
+        else:
+            context, result = run_again(quantized, smaller, job.plan.blocks[index].path, job.device, emit)
         stage("write")
         buffers = [name for name, _ in context.block.named_buffers()]
         writes.start(lambda: _write(job, context, buffers, result, writer))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from awqkit.decisions import LOG2_SCALE_POINTS, FoldDecision, ScaleSummary
+from awqkit.decisions import LOG2_SCALE_POINTS, FoldDecision, LinearDecision, ScaleSummary
 from awqkit.methods.evidence import Evidence, MetricChoices, Readers, original_evidence
 from awqkit.methods.fold import (
     ScaleChoices,
@@ -24,20 +26,23 @@ from awqkit.methods.fold import (
 from awqkit.methods.linear import (
     QuantizedLinear,
     RestoredLinear,
+    Rounded,
     ScaledWeight,
     plain_weight,
     quantize_linear,
     round_rows_alike,
 )
-from awqkit.methods.rows import sensitive_rounder
+from awqkit.methods.rows import joined_rows, sensitive_rounder
 from awqkit.model.producers import StoredProducer, store_producer
 from awqkit.model.structure import Fold, LinearInput
+from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.numerics.scale_summary import scale_summary
 from awqkit.numerics.statistics import Statistics, pooled, second_moment
 from awqkit.pipeline.context import BlockContext
 from awqkit.pipeline.expert_tokens import share_of_tokens
 from awqkit.recipe import Recipe
 
+ROWS_WORTH_SHARING = 2048  # of a linear, from which on its rows are rounded in parts
 EXACT, ROUNDED = "exact", "rounded"  # `FoldDecision.kept_columns`
 
 
@@ -76,7 +81,20 @@ class Measured:
     row_weights: Mapping[str, Tensor]
 
 
-EvidenceOf = Callable[[LinearInput, Mapping[str, QuantizedLinear]], Evidence]
+EvidenceOf = Callable[[LinearInput, Mapping[str, QuantizedLinear]], Callable[[], Evidence]]
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerErrors:
+    """What one linear adds to the errors of a fold that it reads from: plain rounding at s = 1, and what was chosen.
+
+    plain_inputs, chosen_inputs: what rounding its inputs per token adds, 0 where they stay as they are.
+    """
+
+    plain: float
+    chosen: float
+    plain_inputs: float = 0.0
+    chosen_inputs: float = 0.0
 
 
 def choose_plainly(context: BlockContext, evidence: Mapping[str, Evidence]) -> Choice:
@@ -105,17 +123,25 @@ def restored_plainly(context: BlockContext) -> dict[str, RestoredLinear]:
 
 
 class OriginalEvidences(Mapping[str, Evidence]):
-    """Evidence of every input on the original stream, by its first reader; an expert's is made when it is asked for."""
+    """Evidence of every input on the original stream, by its first reader, made when it is first asked for.
+
+    An expert's is not kept: there may be hundreds. A rank makes what its own folds and linears ask for.
+    """
 
     def __init__(self, context: BlockContext, measured: Measured) -> None:
         self._context, self._measured = context, measured
         self._choices = metric_choices(context.recipe) if context.plan.linears[0].needs_factor else None
         entries = [entry for entry in context.structure.inputs if quantized_readers(context, entry)]
         self._entries = {entry.first: entry for entry in entries}
-        self._made = {entry.first: self._make(entry) for entry in entries if entry.expert is None}
+        self._made: dict[str, Evidence] = {}
 
     def __getitem__(self, first: str) -> Evidence:
-        return self._made[first] if first in self._made else self._make(self._entries[first])
+        entry = self._entries[first]
+        if entry.expert is not None:
+            return self._make(entry)
+        if first not in self._made:
+            self._made[first] = self._make(entry)
+        return self._made[first]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -140,47 +166,184 @@ def choose(
     evidence_of(input, quantized): what the readers of an input are judged by, once all linears before it are quantized.
     Undoing a fold takes up the work again where its s was first in use.
     """
-    applied = [_search(context, fold, proof, measured, originals) for fold, proof in folds]
+    applied = _search_all(context, folds, measured, originals)
     entries = [entry for entry in context.structure.inputs if quantized_readers(context, entry)]
     quantized: dict[str, QuantizedLinear] = {}
-    targets: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}  # of inputs that are not an expert's, as their readers met them
-    position, evidence = 0, None
+    errors: dict[str, ConsumerErrors] = {}
+    position, evidences = 0, dict[str, Callable[[], Evidence]]()
     while position < len(entries):
-        entry = entries[position]
-        evidence = evidence_of(entry, quantized) if evidence is None else evidence
-        if entry.expert is None:
-            moments[entry.first] = evidence.moment
-        names = quantized_readers(context, entry)
-        targets.update({name: evidence.target(context.weight(name)) for name in names})
-        for name, scaled in _scaled_weights(context, applied, targets, names).items():
-            quantized[name] = _quantize(context, scaled, evidence, measured, name)
-        harmed = _check_folds(context, applied, entry, quantized, targets, moments, measured)
-        if harmed is None:
-            position, evidence = position + 1, None
-            continue
-        again = _first_in_use(context, applied[harmed].fold)
-        evidence = evidence if again is entry else None
-        position = entries.index(again)
+        together = _independent(entries, position)
+        if not evidences:
+            evidences = {entry.first: evidence_of(entry, quantized) for entry in together}
+        changed, at, again = set(_readers_of_all(context, together)), 0, None
+        while again is None and at < len(together):
+            for name, (linear, found) in _quantize_all(
+                context, applied, together, changed, evidences, measured
+            ).items():
+                quantized[name], errors[name] = linear, found
+            changed = set()
+            harmed = _check_folds(context, applied, together[at], errors)
+            if harmed is None:
+                at += 1
+                continue
+            first = _first_in_use(context, applied[harmed].fold)
+            if first in together:  # of inputs that do not depend on one another only its own linears are done again
+                changed, at = set(_changed_by(context, applied[harmed].fold)), together.index(first)
+            else:
+                again = first
+        evidences = {}
+        position = position + len(together) if again is None else entries.index(again)
         for later in entries[position:]:
             for name in quantized_readers(context, later):
                 quantized.pop(name, None)
-                targets.pop(name, None)
     every = [view.name for view in context.structure.linears]
-    return Choice(_scaled_weights(context, applied, targets, every), quantized, tuple(applied))
+    return Choice(_scaled_weights(context, applied, every), quantized, tuple(applied))
+
+
+def _independent(entries: Sequence[LinearInput], position: int) -> list[LinearInput]:
+    """The input there, and if it is an expert's those after it as far as they are experts' too."""
+    end = position + 1
+    while entries[position].expert is not None and end < len(entries) and entries[end].expert is not None:
+        end += 1
+    return list(entries[position:end])
+
+
+def _readers_of_all(context: BlockContext, entries: Sequence[LinearInput]) -> list[str]:
+    return [name for entry in entries for name in quantized_readers(context, entry)]
+
+
+def _changed_by(context: BlockContext, fold: Fold) -> list[str]:
+    """The quantized linears that a fold's s changes: its consumers, and its producer, which is divided by it."""
+    consumers = [name for name in fold.consumers if not context.kept(name)]
+    producer = fold.producer_linear
+    return consumers if producer is None or context.kept(producer) else [*consumers, producer]
 
 
 def _first_in_use(context: BlockContext, fold: Fold) -> LinearInput:
     """The first input whose readers a fold's s changes: those of its consumers, or of its producer, divided by s."""
-    consumers = [name for name in fold.consumers if not context.kept(name)]
-    producer = fold.producer_linear
-    changed = consumers if producer is None or context.kept(producer) else [*consumers, producer]
-    return context.structure.inputs_of(changed)[0]
+    return context.structure.inputs_of(_changed_by(context, fold))[0]
+
+
+def _quantize_all(
+    context: BlockContext,
+    applied: Sequence[AppliedFold],
+    entries: Sequence[LinearInput],
+    names: Collection[str],
+    evidences: Mapping[str, Callable[[], Evidence]],
+    measured: Measured,
+) -> dict[str, tuple[QuantizedLinear, ConsumerErrors]]:
+    """Those readers of `entries` that are named, each quantized by one rank, and what they cost, on every rank.
+
+    An expert's readers stay together, so that its evidence is made once.
+    """
+    shares: list[tuple[LinearInput, list[str]]] = []
+    for entry in entries:
+        wanted = [name for name in quantized_readers(context, entry) if name in names]
+        shares += [(entry, wanted)] if entry.expert is not None and wanted else [(entry, [name]) for name in wanted]
+    scaled = _scaled_weights(context, applied, [name for _, wanted in shares for name in wanted])
+    rounded = _round_in_parts(context, scaled, shares, evidences, measured)
+    made: dict[str, QuantizedLinear] = {}
+
+    def work(entry: LinearInput, wanted: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+        evidence, sent = evidences[entry.first](), {}
+        for name in wanted:
+            aimed = replace(scaled[name], target=evidence.target(scaled[name].original))
+            made[name] = found = _quantize(context, aimed, evidence, measured, name, rounded.get(name))
+            errors = _consumer_errors(context, applied, aimed, found, evidence, measured, name)
+            is_known = name in rounded and found.quantized is rounded[name].quantized
+            sent[name] = None if is_known else found.quantized, found.decision, errors
+        return sent
+
+    costs = [sum(context.weight(name).numel() for name in wanted) for _, wanted in shares]
+    results = context.ranks.spread([partial(work, *share) for share in shares], costs)
+    return {
+        name: (made[name] if name in made else _arrived(context, scaled[name], name, *found, rounded), errors)
+        for result in results
+        for name, (*found, errors) in result.items()
+    }
+
+
+def _round_in_parts(
+    context: BlockContext,
+    scaled: Mapping[str, ScaledWeight],
+    shares: Sequence[tuple[LinearInput, Sequence[str]]],
+    evidences: Mapping[str, Callable[[], Evidence]],
+    measured: Measured,
+) -> dict[str, Rounded]:
+    """Large linears, whose rows do not meet, after clip, rounding and refinement: each rank has some rows of each."""
+    pieces: list[tuple[str, LinearInput, slice]] = []
+    parts = context.ranks.num_parts
+    for entry, wanted in shares:
+        for name in wanted if entry.expert is None and parts > 1 else ():
+            rows, row_weight = len(context.weight(name)), measured.row_weights.get(name)
+            if rows >= ROWS_WORTH_SHARING and (row_weight is None or row_weight.dim() == 1):
+                ends = [rows * part // parts for part in range(parts + 1)]
+                pieces += [(name, entry, slice(*each)) for each in pairwise(ends)]
+
+    def work(name: str, entry: LinearInput, rows: slice) -> Rounded:
+        evidence, whole = evidences[entry.first](), scaled[name]
+        original = whole.original[rows]
+        part = ScaledWeight(original, evidence.target(original), whole.channel_scale, whole.row_scale[rows])
+        return round_rows_alike(part, evidence, context.block_plan.linears[name])
+
+    costs = [context.weight(name)[rows].numel() for name, _, rows in pieces]
+    found: dict[str, list[Rounded]] = {}
+    done = context.ranks.spread([partial(work, *piece) for piece in pieces], costs)
+    for (name, _, _), part in zip(pieces, done, strict=True):
+        found.setdefault(name, []).append(part)
+    return {
+        name: joined_rows(of_linear, torch.arange(len(context.weight(name)), device=context.device))
+        for name, of_linear in found.items()
+    }
+
+
+def _arrived(
+    context: BlockContext,
+    scaled: ScaledWeight,
+    name: str,
+    quantized: QuantizedWeight | None,
+    decision: LinearDecision,
+    rounded: Mapping[str, Rounded],
+) -> QuantizedLinear:
+    """A linear that another rank decided on; what its codes mean is computed here, as it was there.
+
+    quantized: None where it is what was `rounded` in parts, which every rank has.
+    """
+    quantized = rounded[name].quantized if quantized is None else quantized
+    restored = scaled.restored(dequantize(quantized.codes, quantized.grid))
+    return QuantizedLinear(context.block_plan.linears[name], quantized, scaled.channel_scale, restored, decision)
+
+
+def _consumer_errors(
+    context: BlockContext,
+    applied: Sequence[AppliedFold],
+    scaled: ScaledWeight,
+    linear: QuantizedLinear,
+    evidence: Evidence,
+    measured: Measured,
+    name: str,
+) -> ConsumerErrors:
+    if not any(each.in_use and name in each.fold.consumers for each in applied):
+        return ConsumerErrors(0.0, 0.0)  # nobody asks
+    weights = row_weights_of(context, [name], measured)
+    errors = fold_errors([linear], [scaled], weights, [evidence.moment])
+    if context.recipe.activations == "none":
+        return ConsumerErrors(*errors)
+    sample = measured.statistics[context.structure.input_of(name).first].sample
+    return ConsumerErrors(*errors, *smoothing_errors([scaled], weights, [sample]))
 
 
 def _quantize(
-    context: BlockContext, scaled: ScaledWeight, evidence: Evidence, measured: Measured, name: str
+    context: BlockContext,
+    scaled: ScaledWeight,
+    evidence: Evidence,
+    measured: Measured,
+    name: str,
+    rounded: Rounded | None = None,
 ) -> QuantizedLinear:
+    """rounded: what clip, rounding and refinement have made of it already, if they have."""
+    if rounded is not None:
+        return quantize_linear(scaled, evidence, context.block_plan.linears[name], None, lambda *given: rounded)
     row_weight = measured.row_weights.get(name)
     sensitive = row_weight is not None and row_weight.dim() == 2
     return quantize_linear(
@@ -193,13 +356,7 @@ def _quantize(
 
 
 def _check_folds(
-    context: BlockContext,
-    applied: list[AppliedFold],
-    entry: LinearInput,
-    quantized: Mapping[str, QuantizedLinear],
-    targets: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-    measured: Measured,
+    context: BlockContext, applied: list[AppliedFold], entry: LinearInput, errors: Mapping[str, ConsumerErrors]
 ) -> int | None:
     """Put the consumers' errors into the Decisions of the folds that `entry` is the last to read; undo the first that
     did harm. Returns the position in `applied` of the fold that was undone, or None.
@@ -208,19 +365,7 @@ def _check_folds(
         consumers = [name for name in applied_fold.fold.consumers if not context.kept(name)]
         if not applied_fold.in_use or entry is not context.structure.inputs_of(consumers)[-1]:
             continue
-        scaled = _scaled_weights(context, applied, targets, consumers)
-        weights = row_weights_of(context, consumers, measured)
-        inputs = [context.structure.input_of(name).first for name in consumers]
-        plain, chosen = fold_errors(
-            [quantized[name] for name in consumers],
-            list(scaled.values()),
-            weights,
-            [moments[each] if each in moments else second_moment(measured.statistics[each]) for each in inputs],
-        )
-        if context.recipe.activations != "none":
-            samples = [measured.statistics[each].sample for each in inputs]
-            added = smoothing_errors(list(scaled.values()), weights, samples)
-            plain, chosen = plain + added[0], chosen + added[1]
+        plain, chosen = fold_cost([errors[name] for name in consumers])
         decision = replace(applied_fold.decision, error_nearest=plain, error_chosen=chosen)
         if chosen > plain:
             reason = f"scaling raised the consumers' error ({chosen:.3e} > {plain:.3e}): s = 1 restored"
@@ -228,6 +373,30 @@ def _check_folds(
             return position
         applied[position] = replace(applied_fold, decision=decision)
     return None
+
+
+def fold_cost(consumers: Sequence[ConsumerErrors]) -> tuple[float, float]:
+    """What plain rounding at s = 1 costs all consumers of a fold, and what was chosen does."""
+    plain, chosen = sum(each.plain for each in consumers), sum(each.chosen for each in consumers)
+    inputs = sum(each.plain_inputs for each in consumers), sum(each.chosen_inputs for each in consumers)
+    return plain + inputs[0], chosen + inputs[1]
+
+
+def _search_all(
+    context: BlockContext,
+    folds: Sequence[tuple[Fold, float]],
+    measured: Measured,
+    originals: Mapping[str, Evidence],
+) -> list[AppliedFold]:
+    """Every fold searched by one rank; all have what was found."""
+
+    def work(fold: Fold, proof_error: float) -> tuple[Tensor, Mapping[str, Tensor], FoldDecision]:
+        found = _search(context, fold, proof_error, measured, originals)
+        return found.channel_scale, found.stored, found.decision
+
+    costs = [sum(context.weight(name).numel() for name in fold.consumers) for fold, _ in folds]
+    results = context.ranks.spread([partial(work, *each) for each in folds], costs)
+    return [AppliedFold(fold, *found) for (fold, _), found in zip(folds, results, strict=True)]
 
 
 def _search(
@@ -316,13 +485,10 @@ def _undone(context: BlockContext, entry: AppliedFold, decision: FoldDecision) -
 
 
 def _scaled_weights(
-    context: BlockContext, applied: Sequence[AppliedFold], targets: Mapping[str, Tensor], names: Sequence[str]
+    context: BlockContext, applied: Sequence[AppliedFold], names: Sequence[str]
 ) -> dict[str, ScaledWeight]:
-    """The linears named on their way to the quantizer, with the s of every fold, in the order of the names."""
-    scaled = {}
-    for name in names:
-        unscaled = ScaledWeight.unscaled(context.weight(name))
-        scaled[name] = replace(unscaled, target=targets.get(name, unscaled.original))
+    """The linears named, aiming at their own weights, with the s of every fold, in the order of the names."""
+    scaled = {name: ScaledWeight.unscaled(context.weight(name)) for name in names}
     for entry in applied:
         for name in entry.fold.channel_of.keys() & scaled.keys():
             scale = consumer_scale(entry.channel_scale, entry.fold.channel_of[name])

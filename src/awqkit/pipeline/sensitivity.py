@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from awqkit.model.block_calls import hand_on
 from awqkit.model.observe import LinearWatch
-from awqkit.numerics.statistics import accumulate_gram_, empty_gram, mirrored, second_moment
+from awqkit.numerics.statistics import Gram, accumulate_gram_, empty_gram, mirrored, second_moment
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
 from awqkit.pipeline.end_gradients import backward_from
+from awqkit.pipeline.row_parts import by_part
+from awqkit.pipeline.summed_statistics import summed_grams
 
 
 def measure_sensitivity(
@@ -35,15 +37,21 @@ def measure_sensitivity(
 
     views = context.structure.linears
     watched = {view.weight: context.weight(view.name) for view in views}
-    found = {view.name: empty_gram(view.shape[0], context.device) for view in views}
-    for part, hidden, call, mask in rows.batches(context.index):
-        outputs.clear()
-        with torch.enable_grad(), LinearWatch(watched, after=after):
-            handed = hand_on(context.block, hidden.clone().requires_grad_(True), call)
-        backward_from(handed, end_gradient[part].to(hidden.device, hidden.dtype), beside(part))
-        for view in views:
-            if view.weight in outputs and outputs[view.weight].grad is not None:
-                found[view.name] = accumulate_gram_(found[view.name], outputs[view.weight].grad, mask)
+
+    def of_parts() -> Iterator[dict[str, Gram]]:
+        for batches in by_part(rows.batches(context.index), rows.own.ends):
+            found = {view.name: empty_gram(view.shape[0], context.device) for view in views}
+            for part, hidden, call, mask in batches:
+                outputs.clear()
+                with torch.enable_grad(), LinearWatch(watched, after=after):
+                    handed = hand_on(context.block, hidden.clone().requires_grad_(True), call)
+                backward_from(handed, end_gradient[part].to(hidden.device, hidden.dtype), beside(part))
+                for view in views:
+                    if view.weight in outputs and outputs[view.weight].grad is not None:
+                        found[view.name] = accumulate_gram_(found[view.name], outputs[view.weight].grad, mask)
+            yield found
+
+    found = summed_grams(context.ranks, of_parts())
     grams = {name: second_moment(mirrored(summed)) for name, summed in found.items()}
     return {
         name: gram if bool(gram.any()) else torch.eye(len(gram), device=gram.device) for name, gram in grams.items()

@@ -10,6 +10,8 @@ from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_per_batch
 from awqkit.pipeline.context import Stream, Streams
 from awqkit.pipeline.end_gradients import BATCH_DIVISOR, measure_end_gradients
+from awqkit.pipeline.ranks import Ranks
+from awqkit.pipeline.row_parts import own_rows
 from awqkit.recipe import Recipe
 
 _PROBE_ROWS = 2  # calibration rows that the row weights are measured on
@@ -25,25 +27,32 @@ def start_streams(
     step: Callable[[int], None],
     num_streams: int = 1,
     tokens_per_batch: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Streams:
     """All streams that the recipe needs. step(block): called after each block of the pass for end-loss gradients.
 
-    num_streams: see `HiddenStates`. tokens_per_batch: None for as many as suit the device.
+    rows, held_out: all of them, of which each rank takes its own. num_streams: see `HiddenStates`. tokens_per_batch:
+    None for as many as suit the device.
     """
     usual = tokens_per_batch or usual_tokens_per_batch(device)
+    ranks = ranks or Ranks.alone(device)
+    own = own_rows(len(rows.ids), ranks)
+    mine = rows.rows(own.rows)
 
     def stream(part: TokenRows, batch_divisor: int = 1) -> Stream:
-        tokens = max(1, usual // batch_divisor)
-        original = HiddenStates(skeleton, part, device, tokens_per_batch=tokens, num_streams=num_streams)
+        tokens, of_part = max(1, usual // batch_divisor), own_rows(len(part.ids), ranks)
+        original = HiddenStates(
+            skeleton, part.rows(of_part.rows), device, tokens_per_batch=tokens, num_streams=num_streams, own=of_part
+        )
         return Stream(original, original.copy() if recipe.propagates else None)
 
     gradients = None
     if recipe.sensitivity != "none":
-        gradients = measure_end_gradients(skeleton, rows, device, recipe.seed, step, usual)
+        gradients = measure_end_gradients(skeleton, mine, device, recipe.seed, step, usual, own, ranks)
     return Streams(
         calibration=stream(rows, BATCH_DIVISOR if gradients is not None else 1),
         probe=HiddenStates(skeleton, rows.rows(slice(0, _PROBE_ROWS)), device, tokens_per_batch=usual),
         held_out=None if held_out is None else stream(held_out, _CHECK_BATCH_DIVISOR),
         gradients=gradients,
-        weights=rows.weights,
+        weights=mine.weights,
     )

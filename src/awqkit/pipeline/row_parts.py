@@ -1,0 +1,72 @@
+"""Rows in parts that are summed one by one, so that the same sums come out however many ranks share the rows."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from awqkit.pipeline.ranks import Ranks
+
+T = TypeVar("T")
+Batch = TypeVar("Batch", bound=tuple[Any, ...])
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRows:
+    """The rows of one rank. all_rows: how many there are on all ranks. rows: which are its own, consecutive.
+
+    ends: where each of its parts ends, counted from its own first row.
+    """
+
+    all_rows: int
+    rows: slice
+    ends: tuple[int, ...]
+
+    @classmethod
+    def undivided(cls, count: int) -> OwnRows:
+        """All rows, in one part."""
+        return cls(count, slice(0, count), (count,))
+
+
+def own_rows(count: int, ranks: Ranks, rank: int | None = None) -> OwnRows:
+    """What a rank (this one, if none is given) has of `count` rows, by whole rows and as evenly as that goes."""
+    rank, parts = ranks.rank if rank is None else rank, ranks.num_parts
+    each = parts // ranks.size
+    first, *ends = (count * part // parts for part in range(rank * each, (rank + 1) * each + 1))
+    return OwnRows(count, slice(first, ends[-1]), tuple(end - first for end in ends))
+
+
+def by_part(batches: Iterable[Batch], ends: Sequence[int]) -> Iterator[Iterator[Batch]]:
+    """The batches of one part after the other, each to be taken whole; a batch begins with its slice of rows."""
+    waiting: deque[Batch] = deque()
+    coming = iter(batches)
+
+    def until(end: int | None) -> Iterator[Batch]:
+        while True:
+            if not waiting:
+                batch = next(coming, None)
+                if batch is None:
+                    return
+                waiting.append(batch)
+            if end is not None and waiting[0][0].start >= end:
+                return
+            yield waiting.popleft()
+
+    for end in (*ends[:-1], None):
+        yield until(end)
+
+
+def in_pairs(values: Iterable[T], added: Callable[[T, T], T]) -> T:
+    """((v0 + v1) + (v2 + v3)) + …: no more than a few of the values are alive at a time."""
+    stack: list[tuple[int, T]] = []
+    for value in values:
+        level = 0
+        while stack and stack[-1][0] == level:
+            value, level = added(stack.pop()[1], value), level + 1
+        stack.append((level, value))
+    total = stack.pop()[1]
+    while stack:
+        total = added(stack.pop()[1], total)
+    return total

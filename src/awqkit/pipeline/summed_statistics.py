@@ -1,0 +1,77 @@
+"""Statistics of one rank's rows become those of all rows: part by part, then over the ranks, in one order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+
+from awqkit.numerics.statistics import (
+    Gram,
+    PairedStatistics,
+    Statistics,
+    added_,
+    added_gram_,
+    added_paired_,
+    sampled_evenly,
+)
+from awqkit.pipeline.ranks import Ranks
+from awqkit.pipeline.row_parts import in_pairs
+
+
+def summed_statistics(ranks: Ranks, parts: Iterable[Mapping[str, Statistics]], own_parts: int) -> dict[str, Statistics]:
+    """By name, of the parts of this rank's rows and of every other rank's; while accumulating, as each part is.
+
+    own_parts: how many this rank has; all have as many.
+    """
+
+    def added(first: Mapping[str, Statistics], second: Mapping[str, Statistics]) -> dict[str, Statistics]:
+        return {name: added_(found, second[name]) for name, found in first.items()}
+
+    short = ({name: sampled_evenly(found, own_parts * ranks.size) for name, found in part.items()} for part in parts)
+    own = dict(in_pairs(short, added))
+    if ranks.size == 1:
+        return own
+    grams = summed_grams(ranks, [{name: Gram(found.weight_sum, found.gram) for name, found in own.items()}])
+    counts = ranks.summed(torch.tensor([found.token_count for found in own.values()], dtype=torch.int64))
+    samples = ranks.everyones([found.sample for found in own.values()])
+    return {
+        name: Statistics(
+            int(counts[number]),
+            grams[name].weight_sum,
+            ranks.summed(found.abs_sum),
+            ranks.largest(found.max_abs),
+            torch.cat([of_rank[number] for of_rank in samples]),
+            grams[name].gram,
+        )
+        for number, (name, found) in enumerate(own.items())
+    }
+
+
+def summed_grams(ranks: Ranks, parts: Iterable[Mapping[str, Gram]]) -> dict[str, Gram]:
+    """The same of grams alone."""
+
+    def added(first: Mapping[str, Gram], second: Mapping[str, Gram]) -> dict[str, Gram]:
+        return {name: added_gram_(found, second[name]) for name, found in first.items()}
+
+    own = dict(in_pairs(parts, added))
+    weights = summed_numbers(ranks, [[found.weight_sum for found in own.values()]])
+    return {
+        name: Gram(weight, ranks.summed(found.gram)) for weight, (name, found) in zip(weights, own.items(), strict=True)
+    }
+
+
+def summed_paired(ranks: Ranks, parts: Iterable[PairedStatistics]) -> PairedStatistics:
+    """The same of one input on both streams."""
+    own = in_pairs(parts, added_paired_)
+    quantized = summed_grams(ranks, [{"": own.quantized}])[""]
+    return replace(own, quantized=quantized, cross_gram=ranks.summed(own.cross_gram))
+
+
+def summed_numbers(ranks: Ranks, parts: Iterable[list[float]]) -> list[float]:
+    """The same of a few numbers, in float64."""
+    own = in_pairs(parts, lambda first, second: [one + other for one, other in zip(first, second, strict=True)])
+    if ranks.size == 1:
+        return own
+    return ranks.summed(torch.tensor(own, dtype=torch.float64)).tolist()

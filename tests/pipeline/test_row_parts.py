@@ -1,0 +1,105 @@
+"""Rows cut into parts, sums in pairs, work dealt out, and what travels between ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_contexts import CPU, block_context, token_ids
+from tiny_models import tiny_model
+
+from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.ranks import Ranks, _packed, _unpacked, asked_size, dealt
+from awqkit.pipeline.row_parts import by_part, in_pairs, own_rows
+from awqkit.pipeline.saved_states import rows_of_pieces
+
+
+def _cuts(count: int, size: int) -> list[tuple[int, int]]:
+    """Where all parts of all ranks begin and end."""
+    found = []
+    for rank in range(size):
+        own, start = own_rows(count, Ranks(rank, size)), 0
+        for end in own.ends:
+            found.append((own.rows.start + start, own.rows.start + end))
+            start = end
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 17, 128])
+def test_one_two_and_four_ranks_cut_rows_alike(count: int) -> None:
+    assert _cuts(count, 1) == _cuts(count, 2) == _cuts(count, 4)
+    for size in (1, 2, 3, 4, 8):
+        cuts = _cuts(count, size)
+        assert cuts[0][0] == 0
+        assert cuts[-1][1] == count
+        assert all(one[1] == other[0] for one, other in pairwise(cuts))
+        assert max(end - start for start, end in cuts) - min(end - start for start, end in cuts) <= 1
+
+
+def test_no_batch_has_rows_of_two_parts() -> None:
+    skeleton, ids = block_context(tiny_model("llama")).skeleton, token_ids(11, 8)
+    own = own_rows(11, Ranks())
+    states = HiddenStates(skeleton, TokenRows(ids), CPU, tokens_per_batch=16, own=own)
+    parts = [[part for part, *_ in batches] for batches in by_part(states.batches(0), own.ends)]
+    assert [(batches[0].start, batches[-1].stop) for batches in parts] == [(0, 2), (2, 5), (5, 8), (8, 11)]
+    assert all(part.stop - part.start <= 2 for batches in parts for part in batches)
+    whole = HiddenStates(skeleton, TokenRows(ids), CPU)
+    assert torch.equal(states.held()[0], whole.held()[0])
+
+
+def test_a_rank_without_rows_has_parts_without_batches() -> None:
+    skeleton = block_context(tiny_model("llama")).skeleton
+    own = own_rows(1, Ranks(0, 2))
+    states = HiddenStates(skeleton, TokenRows(token_ids(1, 8)[own.rows]), CPU, own=own)
+    assert [list(batches) for batches in by_part(states.batches(0), own.ends)] == [[], []]
+
+
+def test_sums_go_in_pairs_and_hold_few_values() -> None:
+    def added(first: str, second: str) -> str:
+        return f"({first}{second})"
+
+    assert in_pairs(iter("abcd"), added) == "((ab)(cd))"
+    assert in_pairs(iter("ab"), added) == "(ab)"
+    assert in_pairs(iter("abcdefg"), added) == "(((ab)(cd))((ef)g))"
+
+
+def test_work_is_dealt_by_cost() -> None:
+    owners = dealt([1, 8, 3, 4, 4], 2)
+    loads = [sum(cost for cost, owner in zip([1, 8, 3, 4, 4], owners, strict=True) if owner == rank) for rank in (0, 1)]
+    assert sorted(loads) == [9, 11]
+    assert dealt([], 3) == []
+
+
+def test_what_travels_arrives_as_it_was() -> None:
+    value = {
+        "codes": torch.arange(7, dtype=torch.uint8),
+        "half": torch.randn(3, 5).to(torch.bfloat16).t(),
+        "none": torch.empty(0, 4),
+        "number": torch.tensor(3.5, dtype=torch.float64),
+        "own": replace(Ranks(), rank=0).size,
+        "twice": [torch.tensor([True, False])] * 2,
+    }
+    found = _unpacked(*_packed(value, CPU), CPU)
+    assert found.keys() == value.keys()
+    for key in ("codes", "half", "none", "number"):
+        assert found[key].dtype == value[key].dtype
+        assert torch.equal(found[key], value[key])
+    assert found["own"] == 1
+    assert torch.equal(found["twice"][1], value["twice"][1])
+
+
+def test_what_goes_with_rows_can_be_cut_anew() -> None:
+    rows = torch.arange(10)
+    pieces = [(start, ({"a": rows[start:stop]}, None)) for start, stop in ((4, 10), (0, 4))]
+    for cut in (slice(0, 4), slice(2, 7), slice(9, 10), slice(0, 10)):
+        found, nothing = rows_of_pieces(pieces, cut)
+        assert torch.equal(found["a"], rows[cut])
+        assert nothing is None
+    assert rows_of_pieces([(0, ()), (4, ())], slice(1, 3)) == ()
+
+
+def test_ranks_are_counted_by_what_torchrun_says() -> None:
+    assert asked_size({}) == asked_size({"WORLD_SIZE": "4"}) == 1
+    assert asked_size({"WORLD_SIZE": "4", "RANK": "0"}) == 4
