@@ -143,7 +143,7 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
         row_weights = measure_sensitivity(context, original, gradients.at(index), felt)
         advance(context, streams.probe, {})
     elif any(_weighs_rows(recipe) for recipe in recipes):
-        row_weights = measure_row_weights(context, streams.probe)
+        row_weights = context.ranks.everyones(measure_row_weights(context, streams.probe))[0]  # one for all
     token_weight = streams.token_weight(index)
     statistics = observe(context, original, token_weight, kept)
     if kept is not None:
