@@ -26,11 +26,11 @@ def summed_statistics(ranks: Ranks, parts: Iterable[Mapping[str, Statistics]], o
     own_parts: how many this rank has; all have as many.
     """
 
-    def added(first: Mapping[str, Statistics], second: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    def added(first: dict[str, Statistics], second: dict[str, Statistics]) -> dict[str, Statistics]:
         return {name: added_(found, second[name]) for name, found in first.items()}
 
     short = ({name: sampled_evenly(found, own_parts * ranks.size) for name, found in part.items()} for part in parts)
-    own = dict(in_pairs(short, added))
+    own = in_pairs(short, added)
     if ranks.size == 1:
         return own
     grams = summed_grams(ranks, [{name: Gram(found.weight_sum, found.gram) for name, found in own.items()}])
@@ -56,10 +56,10 @@ def summed_statistics(ranks: Ranks, parts: Iterable[Mapping[str, Statistics]], o
 def summed_grams(ranks: Ranks, parts: Iterable[Mapping[str, Gram]]) -> dict[str, Gram]:
     """The same of grams alone."""
 
-    def added(first: Mapping[str, Gram], second: Mapping[str, Gram]) -> dict[str, Gram]:
+    def added(first: dict[str, Gram], second: dict[str, Gram]) -> dict[str, Gram]:
         return {name: added_gram_(found, second[name]) for name, found in first.items()}
 
-    own = dict(in_pairs(parts, added))
+    own = in_pairs((dict(part) for part in parts), added)
     weights = summed_numbers(ranks, [[found.weight_sum for found in own.values()]])
     grams = ranks.summed(*(found.gram for found in own.values()))
     return {name: Gram(*each) for name, each in zip(own, zip(weights, grams, strict=True), strict=True)}
