@@ -65,7 +65,7 @@ def rows_in_place(sensitivity: torch.Tensor) -> torch.Tensor:
 
 # What is no choice of a recipe: row of the table -> dotted name -> what stands there while it is measured.
 REPLACED: dict[str, dict[str, Any]] = {
-    "best-rows-64-at-once": {"awqkit.methods.rows.ROWS_AT_ONCE": 64},
+    "best-rows-64-at-once": {"awqkit.methods.rows.ROWS_AT_ONCE": 64, "awqkit.methods.rows.MOST_BLOCKS": 1000},
     "best-rows-384-at-once": {"awqkit.methods.rows.ROWS_AT_ONCE": 384},
     "best-rows-in-place": {"awqkit.methods.rows.moment_order": rows_in_place},
 }

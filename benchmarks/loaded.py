@@ -2,8 +2,8 @@
 
     python benchmarks/loaded.py --device cpu
 
-The dense twin gets (q − z) · Δ, computed in float32 and rounded to the compute dtype. Where torch's int4 kernel is in
-use (bfloat16), the difference is what its own rounding of offsets costs.
+The dense twin gets (q − z) · Δ, computed in float32 and rounded to the compute dtype. Where an int4 kernel is
+in use, the difference is that of their roundings: torch's rounds offsets, that in chunks no weight at all.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 SHARED_BY_ROWS = ("start", "observe", "check", "advance")
-SHARED_BY_FOLD = ("prove",)
 SHARED_BY_LINEAR = ("search",)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -27,14 +26,13 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 class Sizes:
     """What the model of communication needs to know of a model. inputs: channels of each distinct linear input.
 
-    linears: (out, in) of every linear of a block. folds: of a block, as far as they are proved one by one.
+    linears: (out, in) of every linear of a block.
     """
 
     blocks: int
     width: int
     inputs: tuple[int, ...]
     linears: tuple[tuple[int, int], ...]
-    folds: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,8 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
 
 def block_bytes(sizes: Sizes, choices: Choices) -> dict[str, float]:
     """Bytes that one block sums over the ranks, and bytes of results that every rank must have."""
-    moments = 4.0 * sum(channels**2 for channels in sizes.inputs)
+    whole = choices.propagates  # without propagation `fast` keeps the blocks of H on its diagonal
+    moments = 4.0 * sum(channels * (channels if whole else choices.group_size) for channels in sizes.inputs)
     twice = 2.0 if choices.propagates else 0.0  # Ĥ and C of every input on both streams
     weights = sum(rows * columns for rows, columns in sizes.linears)
     return {"summed": (1.0 + twice) * moments, "results": weights * (1.0 + 8.0 / choices.group_size)}
@@ -84,8 +83,6 @@ def seconds(stages: Mapping[str, float], sizes: Sizes, choices: Choices, ranks: 
     for name, taken in stages.items():
         if name in SHARED_BY_ROWS:
             modelled[name] = taken * most_rows
-        elif name in SHARED_BY_FOLD:
-            modelled[name] = taken * math.ceil(sizes.folds / ranks) / sizes.folds
         elif name in SHARED_BY_LINEAR:
             modelled[name] = taken * (choices.alone + (1.0 - choices.alone) / ranks)
         else:

@@ -8,6 +8,7 @@
     │   └── ModelError          a model whose blocks or inputs cannot be found or run
     ├── RankLostError       another rank of a run with several has ended
     ├── OutputError         OUT exists, lies inside MODEL, cannot be written, disk full
+    ├── NoRoomError         too little memory for what cannot be made smaller
     └── FormatError         a choice that the on-disk format cannot hold
 
 A message says what was found, where, what was expected and what to do next, in one line.
@@ -61,6 +62,10 @@ class ModelError(InputError):
 
 class OutputError(AwqkitError):
     """The place to write to is taken, forbidden or full."""
+
+
+class NoRoomError(AwqkitError):
+    """The device or the host has too little memory for what cannot be made smaller."""
 
 
 class RankLostError(AwqkitError):

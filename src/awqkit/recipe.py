@@ -240,6 +240,13 @@ class Recipe:
         return self.folds == "on" and self.channel_scale != "none"
 
     @property
+    def looks_across_groups(self) -> bool:
+        """Whether any step asks how channels of different groups go together: else H's blocks on the diagonal do."""
+        plain = self.rounding == "nearest" and self.rounds == 0 and self.error_weight == "moment"
+        searches = self.channel_scale != "smooth" and self.alpha_search == "group" and self.importance != "conditional"
+        return not (plain and searches and self.sensitivity == "none" and not self.propagates)
+
+    @property
     def needs_logits(self) -> bool:
         """Whether what follows the last block is run, too."""
         return self.sensitivity != "none" or self.tuning_epochs > 0

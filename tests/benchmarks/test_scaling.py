@@ -30,6 +30,7 @@ def test_one_rank_is_what_was_measured_and_more_share_it() -> None:
     four = scaling.seconds(STAGES, sizes, choices(), 4)
     assert four["copy"] == 1.0
     assert four["write"] == 2.0
+    assert four["prove"] == 4.0
     assert four["observe"] == 2.0
     assert four["search"] == 10.0
     assert scaling.seconds(STAGES, sizes, choices(), 64)["observe"] == 0.5  # of 16 rows one at least
@@ -41,7 +42,8 @@ def test_sizes_of_what_is_exchanged() -> None:
     assert sizes.inputs == (64, 64, 64, 96)
     weights = 64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 96
     found = scaling.block_bytes(sizes, choices(propagates=False))
-    assert found == {"summed": 4 * (3 * 64**2 + 96**2), "results": weights * 1.25}
+    assert found == {"summed": 4 * 32 * (3 * 64 + 96), "results": weights * 1.25}
+    assert scaling.block_bytes(sizes, choices())["summed"] == 3 * 4 * (3 * 64**2 + 96**2)
     mixture = scaling.sizes_of({**CONFIG, "num_experts": 8, "moe_intermediate_size": 32})
     assert len(mixture.inputs) == 2 + 2 * 8
     assert len(mixture.linears) == 4 + 3 * 8

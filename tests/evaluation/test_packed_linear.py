@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awqkit.evaluation.packed_linear import PackedLinear
+from awqkit.kernels.int4_matmul import CHUNKS
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.numerics.rounding import round_nearest, span_grid
 
@@ -94,3 +95,36 @@ def test_the_weight_given_is_not_shared_with_the_layer() -> None:
     before = linear.quantized_weight().codes.clone()
     weight.codes.zero_()
     assert torch.equal(linear.quantized_weight().codes, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [None, BIAS])
+def test_chunks_hold_the_same_weight_and_give_it_back(dtype: torch.dtype, bias: Tensor | None) -> None:
+    weight = _quantized()
+    linear = PackedLinear(weight, bias, dtype, kernel=CHUNKS)
+    x = torch.randn(3, 20, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    exact = x.double() @ dequantize(weight.codes, weight.grid).double().t()
+    exact = exact if bias is None else exact + bias.to(dtype).double()
+    assert float((linear(x).double() - exact).norm() / exact.norm()) < 5e-3
+    assert torch.equal(linear.weight, dequantize(weight.codes, weight.grid).to(dtype))
+    found = linear.quantized_weight()
+    assert torch.equal(found.codes, weight.codes)
+    assert torch.equal(found.grid.group_scale, weight.grid.group_scale)
+    assert torch.equal(found.grid.group_zero, weight.grid.group_zero)
+
+
+def test_chunks_let_a_gradient_through() -> None:
+    weight = _quantized()
+    linear = PackedLinear(weight, None, torch.bfloat16, kernel=CHUNKS)
+    x = torch.randn(2, 64).to(torch.bfloat16).requires_grad_()
+    linear(x).sum().backward()
+    dense = dequantize(weight.codes, weight.grid).to(torch.bfloat16)
+    torch.testing.assert_close(x.grad, dense.sum(dim=0).expand(2, -1), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kernel", [CHUNKS, None])
+def test_a_packed_linear_can_be_compiled_whole(kernel: str | None) -> None:
+    linear = PackedLinear(_quantized(), BIAS, torch.bfloat16, kernel=kernel)
+    x = torch.randn(1, 64).to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(linear, backend="eager", fullgraph=True)(x), linear(x))

@@ -126,7 +126,18 @@ def test_auto_takes_what_is_best_on_the_rows_held_out(drift: float, held_out_dri
     assert found.strength == min(errors, key=errors.__getitem__)
     weight = readers.weights[0]
     fixed = propagated_evidence(paired, None, readers, MetricChoices("energy", "own", 0.05, found.strength))
-    assert torch.equal(found.target(weight), fixed.target(weight))
+    torch.testing.assert_close(found.target(weight), fixed.target(weight), rtol=1e-4, atol=1e-5)
+
+
+def test_few_rows_are_shifted_without_the_matrix_that_others_would_need() -> None:
+    paired, readers, choices = _paired(0, 0.1), _readers(), MetricChoices("energy", "own", 0.05, 0.5)
+    few = propagated_evidence(paired, None, readers, choices)
+    matrix = propagated_evidence(paired, None, readers, choices, for_others=True)
+    assert few.shift is None and few.difference is not None
+    assert matrix.difference is None and matrix.shift is not None
+    for weight in readers.weights:
+        assert not torch.equal(few.target(weight), weight)
+        torch.testing.assert_close(few.target(weight), matrix.target(weight), rtol=1e-4, atol=1e-5)
 
 
 def test_auto_differs_with_the_rows_held_out() -> None:

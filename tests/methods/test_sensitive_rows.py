@@ -42,6 +42,7 @@ def test_every_block_of_rows_aims_at_what_is_best_given_the_blocks_before_it(
     at_once: int, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(rows, "MOST_BLOCKS", 1000)
     weight, evidence, sensitivity = _case(scaled=scaled)
     found = sensitive_rounder(sensitivity)(weight, evidence, PLAN).quantized
     restored = weight.restored(dequantize(found.codes, found.grid))
@@ -65,6 +66,7 @@ def test_every_block_of_rows_aims_at_what_is_best_given_the_blocks_before_it(
 
 def test_rows_come_back_in_their_own_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "ROWS_AT_ONCE", 6)
+    monkeypatch.setattr(rows, "MOST_BLOCKS", 1000)
     weight, evidence, _ = _case()
     independent = torch.diag(torch.linspace(0.1, 3.0, OUT)[torch.randperm(OUT)])
     found = sensitive_rounder(independent)(weight, evidence, PLAN)
@@ -79,6 +81,7 @@ def test_rows_come_back_in_their_own_places(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_lowers_the_objective_in_which_rows_meet(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(rows, "MOST_BLOCKS", 1000)
     weight, evidence, sensitivity = _case(seed, out=64)
     plan = replace(PLAN, shape=(64, IN))
     alike = quantize_linear(weight, evidence, plan, sensitivity)

@@ -8,6 +8,7 @@ from numerics.cases import correlated
 from numerics.reference import conditional_variance
 from torch import Tensor
 
+from awqkit.numerics import rounding_metric as rounding_metric_module
 from awqkit.numerics.rounding_metric import (
     RoundingMetric,
     energy_order,
@@ -147,3 +148,11 @@ def test_own_damping_follows_a_channel_scale() -> None:
     energy, scale = torch.rand(12, generator=generator) + 0.1, torch.rand(12, generator=generator) + 0.5
     scaled = own_damping(moment / scale.unsqueeze(0) / scale.unsqueeze(1), 0.05, energy * scale.square())
     torch.testing.assert_close(scaled, own_damping(moment, 0.05, energy) / scale.square())
+
+
+def test_an_inverse_by_halves_is_the_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding_metric_module, "_SOLVED_AT_ONCE", 5)
+    lower = torch.randn(37, 37, generator=torch.Generator().manual_seed(1)).tril() + 6 * torch.eye(37)
+    found = rounding_metric_module._inverted(lower)
+    torch.testing.assert_close(found.double(), torch.linalg.inv(lower.double()), rtol=1e-4, atol=1e-6)
+    assert not bool(found.triu(1).any())

@@ -129,9 +129,9 @@ def test_recipes_that_weigh_tokens_are_observed_beside_the_others(monkeypatch: p
     weights: list[bool] = []
     observe = block_step.observe
 
-    def recorded(context: Any, rows: Any, token_weight: Tensor | None, kept: Any) -> Any:
+    def recorded(context: Any, rows: Any, token_weight: Tensor | None, *others: Any) -> Any:
         weights.append(token_weight is not None)
-        return observe(context, rows, token_weight, kept)
+        return observe(context, rows, token_weight, *others)
 
     monkeypatch.setattr(block_step, "observe", recorded)
     best = replace(RECIPES["balanced"], sensitivity="end-loss", rounds=1)

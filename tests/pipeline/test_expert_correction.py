@@ -46,8 +46,8 @@ def test_the_pairs_are_those_of_the_router_and_every_expert_gets_their_correctio
     used: dict[str, tuple[Evidence, Any]] = {}
     propagated, quantize_linear = block_step.propagated_evidence, search_block.quantize_linear
 
-    def remembered(paired: PairedStatistics, *rest: Any) -> Evidence:
-        made.append((paired, propagated(paired, *rest)))
+    def remembered(paired: PairedStatistics, *rest: Any, **named: Any) -> Evidence:
+        made.append((paired, propagated(paired, *rest, **named)))
         return made[-1][1]
 
     def noted(scaled: Any, evidence: Any, plan: Any, *rest: Any) -> Any:

@@ -142,8 +142,8 @@ def _strengths(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
     make = block_step.propagated_evidence
 
-    def recorded(*arguments: Any) -> Evidence:
-        evidence = make(*arguments)
+    def recorded(*arguments: Any, **named: Any) -> Evidence:
+        evidence = make(*arguments, **named)
         found.append(evidence.strength)
         return evidence
 

@@ -114,6 +114,7 @@ def _fisher(model: Any, changed: dict[str, Tensor], gradients: dict[str, Tensor]
 def test_with_sensitivity_errors_cost_the_end_loss_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Judged by G and H of full autograd, with propagation off so that both aim at the same weights."""
     monkeypatch.setattr(rows, "ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(rows, "MOST_BLOCKS", 1000)
     model, ids = tiny_model("llama"), token_ids(24, 24)
     skeleton = Skeleton(model.config, WeightsOf(model))
     ends = measure_end_gradients(skeleton, TokenRows(ids), CPU, 0, lambda block: None)

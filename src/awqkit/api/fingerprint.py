@@ -35,6 +35,19 @@ def fingerprint(
     }
 
 
+def refuse_changed(given: GivenModel, known: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a file of a model folder is no longer the one that `fingerprint` saw."""
+    if given.folder is None:
+        return
+    before, now = known["model files"], _files(given.folder)["model files"]
+    changed = [name for name in before if before[name] != now[name]]
+    if changed:
+        raise CheckpointError(
+            f"{given.folder.directory / changed[0]}: changed while the run read it, so what was written is of two "
+            "models; run again once the model is as it should be"
+        )
+
+
 def _files(folder: Checkpoint) -> dict[str, Any]:
     files = {}
     for file in sorted({tensor.file for tensor in folder.stored}):

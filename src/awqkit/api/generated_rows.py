@@ -67,10 +67,8 @@ def with_generated(
         return _joined(rows, kept.ids, counts, recipe)
     if given.folder is None:
         return _without(rows, _PLAIN, emit)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    needed, free = _needed_bytes(given.folder, dtype), free_bytes(device)
-    if free is not None and needed > free:
-        reason = f"as a whole it takes {needed / 1e9:.1f} GB, and {device.type} has {free / 1e9:.1f} GB free"
+    dtype, reason = _dtype_on(device), why_not_whole(given.folder, device)
+    if reason is not None:
         return _without(rows, reason, emit)
     emit(TaskStarted(_TASK, 1))
     failed = None
@@ -124,6 +122,18 @@ def _without(rows: CalibrationRows, reason: str, emit: Emit) -> CalibrationRows:
     told = _NONE.format(reason)
     emit(Caution(told))
     return replace(rows, summary=replace(rows.summary, not_generated=told))
+
+
+def why_not_whole(folder: Checkpoint, device: torch.device) -> str | None:
+    """Why a model cannot write text: as a whole it does not fit into what is free. None if it does."""
+    needed, free = _needed_bytes(folder, _dtype_on(device)), free_bytes(device)
+    if free is None or needed <= free:
+        return None
+    return f"as a whole it takes {needed / 1e9:.1f} GB, and {device.type} has {free / 1e9:.1f} GB free"
+
+
+def _dtype_on(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _needed_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> float:

@@ -27,8 +27,9 @@ def load(
 
     into: for the folder of a PlainModel, an instance of the module's class and size, whatever its parameters hold; it
     is filled, its quantized linears give way to packed ones, and it is what is returned.
-    dtype: of activations and of everything that is not packed; None keeps the stored one. In bfloat16 the packed
-    linears use torch's int4 kernel where it fits, in other dtypes they are dequantized for every product, exactly.
+    dtype: of activations and of everything that is not packed; None keeps the stored one. 4-bit linears use
+    an int4 kernel in bfloat16, and on a GPU with Triton in float16 too, where one fits; everything else is dequantized
+    for every product, exactly.
     Raises AwqkitError.
     """
     if into is not None:

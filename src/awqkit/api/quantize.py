@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +15,10 @@ import torch
 
 from awqkit.api.calibration_rows import CalibrationRows, enough_to_check, given_rows, rows_text, text_rows
 from awqkit.api.device import choose_device, ranks_device
-from awqkit.api.fingerprint import changed_environment, environment, fingerprint
+from awqkit.api.fingerprint import changed_environment, environment, fingerprint, refuse_changed
 from awqkit.api.generated_rows import OwnText, own_text, with_generated
 from awqkit.api.given_model import GivenModel, find_given, given_name, open_given
-from awqkit.api.refuse import refuse_too_few, refuse_unknown_tokens
+from awqkit.api.refuse import refuse_full_scratch, refuse_small_memory, refuse_too_few, refuse_unknown_tokens
 from awqkit.api.refuse_plain import refuse_padded
 from awqkit.api.report_page import check_report_path, write_report
 from awqkit.checkpoint.output import refuse_output
@@ -32,13 +31,15 @@ from awqkit.evaluation.fill_module import TURNED_KEY
 from awqkit.events import Caution, Emit, Notice, ignore_events
 from awqkit.formats.format import Format, format_for
 from awqkit.formats.scheme import Scheme
+from awqkit.kernels.precision import tensor_cores
 from awqkit.model.matrices import parameter_of
 from awqkit.model.plain_model import PlainModel
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import library_versions
 from awqkit.options import RunOptions
 from awqkit.pipeline.activations import TokenRows
-from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, written_before
+from awqkit.pipeline.block_memory import block_memory, block_weights
+from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, scratch_bytes, written_before
 from awqkit.pipeline.layout import OutputLayout, plan_output
 from awqkit.pipeline.plan import BlockPlan, RunPlan, plan_run
 from awqkit.pipeline.ranks import Ranks, asked_size, local_rank, started_ranks
@@ -60,6 +61,76 @@ class QuantizeResult:
     directory: Path
     report: Report
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A run as it is settled before its first byte is written.
+
+    rows: None for a recipe that looks at no text. settings: what the format puts into config.json. shapes: of every
+    linear that is quantized, by name. cautions: what whoever serves the result must know.
+    """
+
+    given: GivenModel
+    rows: CalibrationRows | None
+    job: Run
+    settings: dict[str, object]
+    shapes: dict[str, tuple[int, int]]
+    cautions: tuple[str, ...]
+
+
+def planned_run(
+    model: str | Path | PlainModel,
+    out: Path,
+    recipe: Recipe,
+    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None,
+    exclude_modules: frozenset[str],
+    options: RunOptions,
+    emit: Emit,
+    ranks: Ranks | None = None,
+) -> PlannedRun:
+    """Open and plan everything, and refuse what can be seen to be wrong. Raises AwqkitError.
+
+    ranks: every one of them plans for itself, but for what concerns OUT.
+    """
+    written = format_for(recipe)  # before a hub model is fetched
+    device = choose_device(options.device) if ranks is None else ranks.device
+    ranks = ranks or Ranks.alone(device)
+    if ranks.size > 1 and isinstance(model, PlainModel):
+        raise UsageError("a plain module is quantized by one process: start it without torchrun")
+    found = find_given(model)
+    if ranks.is_first:
+        refuse_output(out, found if isinstance(found, Path) else None, options.overwrite)
+    given = open_given(found, given_name(model), device, options, needs_logits=recipe.needs_logits)
+    source, skeleton, is_plain = given.source, given.skeleton, given.folder is None
+    rows = _rows(given, recipe, calibration, exclude_modules)
+    if rows is not None:
+        refuse_too_few(rows.calibration, ranks.size)
+        emit(Notice(rows_text(rows.summary)))
+    stored_dtype = stored_dtype_of(source, recipe)
+    refuse_small_memory(block_weights(skeleton), "its weights in float32", device)  # which a look at it takes
+    plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, *_reader_rules(written, is_plain))
+    if rows is not None:
+        least = block_memory(skeleton, plan, recipe).least(rows.calibration.ids.shape[1])
+        refuse_small_memory(least, "weights and statistics in float32, one calibration row", device)
+    if recipe.group_size is None and plan.group_size != 128:
+        emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
+    scheme = Scheme.of(recipe, plan.group_size)
+    layout = plan_output(source, skeleton, plan, written, scheme)
+    for text in _unused_tensors(skeleton, layout):
+        emit(Notice(text))
+    # What servers must know of linears that are kept; none of them reads a plain module's folder.
+    split = ((), ()) if is_plain else _kept_and_all(skeleton, plan, layout)
+    settings = written.quantization_config(scheme, *split)
+    shapes = {linear.name: linear.shape for linear in plan.linears if linear.keep is None}
+    readers = [_NO_SERVER] if is_plain else written.cautions(shapes, scheme)
+    cautions = (*filter(None, [given.caution]), *readers)
+    for text in (*_idle_choices(recipe, plan, skeleton), *cautions):
+        emit(Caution(text))
+    if ranks.size > 1:
+        emit(Notice(f"{ranks.size} ranks share the rows and the linears of each block, connected by {ranks.backend}"))
+    job = Run(source, skeleton, recipe, plan, layout, written, device, ranks)
+    return PlannedRun(given, rows, job, settings, shapes, cautions)
 
 
 def quantize(
@@ -90,82 +161,19 @@ def quantize(
     with started_ranks(device) as ranks:
         emit = emit if ranks.is_first else ignore_events
 
-        def prepared() -> _Prepared:
+        def planned() -> PlannedRun:
             if refused is not None:
                 raise refused
-            return _prepare(model, out, recipe, calibration, exclude_modules, options, report_page, device, ranks, emit)
+            if report_page is not None and ranks.is_first:
+                check_report_path(report_page, out)
+            return planned_run(model, out, recipe, calibration, exclude_modules, options, emit, ranks)
 
-        ready = ranks.together(prepared)
+        ready = ranks.together(planned)
         if ranks.is_first:
-            found = _run_and_write(ready, out, options, report_page, started, emit)
-        else:
+            return _run_and_write(ready, out, options, report_page, started, emit)
+        with tensor_cores(device):
             follow(ready.job, *_texts(ranks.told()))
-            found = QuantizeResult(out, ranks.told(), time.monotonic() - started)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """What is settled before anything is written. known: the fingerprint. cautions: for the report."""
-
-    given: GivenModel
-    rows: CalibrationRows | None
-    job: Run
-    known: dict[str, Any]
-    versions: dict[str, str]
-    settings: dict[str, object]
-    cautions: tuple[str, ...]
-
-
-def _prepare(
-    model: str | Path | PlainModel,
-    out: Path,
-    recipe: Recipe,
-    calibration: str | Path | Sequence[Sequence[int]] | torch.Tensor | None,
-    exclude_modules: frozenset[str],
-    options: RunOptions,
-    report_page: str | Path | None,
-    device: torch.device,
-    ranks: Ranks,
-    emit: Emit,
-) -> _Prepared:
-    """Everything that can be refused. Every rank does it for itself, but for what concerns OUT."""
-    if ranks.size > 1 and isinstance(model, PlainModel):
-        raise UsageError("a plain module is quantized by one process: start it without torchrun")
-    if report_page is not None and ranks.is_first:
-        check_report_path(report_page, out)
-    written = format_for(recipe)  # before a hub model is fetched
-    found = find_given(model)
-    if ranks.is_first:
-        refuse_output(out, found if isinstance(found, Path) else None, options.overwrite)
-    given = open_given(found, given_name(model), device, options, needs_logits=recipe.needs_logits)
-    source, skeleton, is_plain = given.source, given.skeleton, given.folder is None
-    rows = _rows(given, recipe, calibration, exclude_modules)
-    if rows is not None:
-        refuse_too_few(rows.calibration, ranks.size)
-        emit(Notice(rows_text(rows.summary)))
-    stored_dtype = stored_dtype_of(source, recipe)
-    plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, *_reader_rules(written, is_plain))
-    if recipe.group_size is None and plan.group_size != 128:
-        emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
-    scheme = Scheme.of(recipe, plan.group_size)
-    layout = plan_output(source, skeleton, plan, written, scheme)
-    for text in _unused_tensors(skeleton, layout):
-        emit(Notice(text))
-    # What servers must know of linears that are kept; none of them reads a plain module's folder.
-    split = ((), ()) if is_plain else _kept_and_all(skeleton, plan, layout)
-    settings = written.quantization_config(scheme, *split)
-    shapes = {linear.name: linear.shape for linear in plan.linears if linear.keep is None}
-    readers = [_NO_SERVER] if is_plain else written.cautions(shapes, scheme)
-    cautions = (*filter(None, [given.caution]), *readers)
-    for text in (*_idle_choices(recipe, plan, skeleton), *cautions):
-        emit(Caution(text))
-    if ranks.size > 1:
-        emit(Notice(f"{ranks.size} ranks share the rows and the linears of each block, connected by {ranks.backend}"))
-    job = Run(source, skeleton, recipe, plan, layout, written, device, ranks)
-    versions = _versions()
-    known = fingerprint(given, recipe, *_texts(rows), versions["awqkit"])
-    return _Prepared(given, rows, job, known, versions, settings, cautions)
+        return QuantizeResult(out, ranks.told(), time.monotonic() - started)
 
 
 def _texts(rows: CalibrationRows | None) -> tuple[TokenRows | None, TokenRows | None]:
@@ -173,7 +181,7 @@ def _texts(rows: CalibrationRows | None) -> tuple[TokenRows | None, TokenRows | 
 
 
 def _run_and_write(
-    ready: _Prepared,
+    planned: PlannedRun,
     out: Path,
     options: RunOptions,
     report_page: str | Path | None,
@@ -181,20 +189,24 @@ def _run_and_write(
     emit: Emit,
 ) -> QuantizeResult:
     """The run itself, on the first rank or the only one."""
-    given, rows, job, versions = ready.given, ready.rows, ready.job, ready.versions
-    recipe, plan, layout, device, ranks = job.recipe, job.plan, job.layout, job.device, job.ranks
+    given, rows, job, device = planned.given, planned.rows, planned.job, planned.job.device
+    recipe, source, plan, layout, ranks = job.recipe, job.source, job.plan, job.layout, job.ranks
+    versions, text = _versions(), _texts(rows)
+    known = fingerprint(given, recipe, *text, versions["awqkit"])
     places = plan_layout(layout.specs)
     with (
-        RunState(out, ready.known, restart=options.restart) as state,
+        RunState(out, known, restart=options.restart) as state,
         CheckpointWriter(
             out,
             places,
             options.overwrite,
             folder=state.checkpoint,
             written=written_before(state),
-            spare_bytes=durable_bytes(recipe, plan, *_texts(rows)),
+            spare_bytes=durable_bytes(recipe, plan, *text),
         ) as writer,
     ):
+        if device.type == "cpu":
+            refuse_full_scratch(out, scratch_bytes(recipe, plan, text[0]), durable_bytes(recipe, plan, *text))
         _tell_of_another_environment(state, environment(device, versions), emit)
         generating = time.monotonic()
         if rows is not None:
@@ -202,7 +214,9 @@ def _run_and_write(
         generate_seconds = time.monotonic() - generating
         ranks.told(rows)
         points = DurablePoints(state, writer, options.save_every, ranks)
-        outcome = run(job, *_texts(rows), writer, points, emit)
+        with tensor_cores(device):
+            outcome = run(job, *_texts(rows), writer, points, emit)
+        refuse_changed(given, known)
         report = Report(
             model=given.name,
             recipe=recipe if rows is None else replace(recipe, calibration=rows.summary.source),
@@ -213,14 +227,14 @@ def _run_and_write(
             calibration=None if rows is None else rows.summary,
             blocks=outcome.blocks,
             tuning=outcome.tuning,
-            source_bytes=job.source.total_bytes,
+            source_bytes=source.total_bytes,
             written_bytes=sum(spec.num_bytes for spec in layout.specs),
             packed_bytes=sum(spec.num_bytes for spec in layout.specs if spec.name not in layout.kept),
-            quantized_weights=sum(math.prod(linear.shape) for linear in plan.linears if linear.keep is None),
+            quantized_weights=sum(rows_ * columns for rows_, columns in planned.shapes.values()),
             dropped=layout.dropped,
-            cautions=ready.cautions,
+            cautions=planned.cautions,
         )
-        _write_companions(writer, given, ready.settings, _turned(plan), report)
+        _write_companions(writer, given, planned.settings, _turned(plan), report)
         seconds = time.monotonic() - started
         timings = {"seconds": seconds, "stages": {"generate": generate_seconds, **outcome.seconds}}
         writer.write_json(TIMINGS_FILE, timings)

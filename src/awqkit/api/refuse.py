@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 import torch
 
+from awqkit.checkpoint.output import refuse_full_disk
 from awqkit.checkpoint.reader import Checkpoint
-from awqkit.errors import CalibrationError, CheckpointError
+from awqkit.errors import CalibrationError, CheckpointError, NoRoomError
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.free_memory import free_bytes
+from awqkit.pipeline.kept_states import SCRATCH
 
 FULL_PRECISION = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -47,6 +54,24 @@ def refuse_unknown_tokens(rows: TokenRows, skeleton: Skeleton, what: str = "cali
             f"{what}: token id {low if low < 0 else high} lies outside the model's vocabulary of "
             f"{skeleton.vocabulary_size}; the tokenizer is not this model's, use the files that belong to it"
         )
+
+
+def refuse_small_memory(needed: int, parts: str, device: torch.device) -> None:
+    """Raises NoRoomError where fewer than `needed` bytes are free. parts: what of one block they are for."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise NoRoomError(
+            f"one block of this model needs at least {needed / 1e9:.1f} GB ({parts}), and {device.type} has "
+            f"{free / 1e9:.1f} GB free; end what else uses it, or take a device with more memory"
+        )
+
+
+def refuse_full_scratch(out: Path, scratch_bytes: int, durable_bytes: int) -> None:
+    """Raises OutputError where temporary files would not fit, with what goes beside OUT where both are on one disk."""
+    folder = Path(tempfile.gettempdir())
+    together = folder.stat().st_dev == Path(os.path.realpath(out)).parent.stat().st_dev
+    if scratch_bytes:
+        refuse_full_disk(folder, scratch_bytes + (durable_bytes if together else 0), SCRATCH)
 
 
 def refuse_too_few(rows: TokenRows, ranks: int) -> None:

@@ -70,13 +70,13 @@ def refuse_parent(out: Path) -> None:
         raise OutputError(f"{out}: the folder {parent} cannot be written; choose another place or change its rights")
 
 
-def refuse_full_disk(parent: Path, needed_bytes: int) -> None:
-    """Raises OutputError when less than `needed_bytes` and 64 MiB are free where `parent` lies."""
+def refuse_full_disk(parent: Path, needed_bytes: int, what: str = "the checkpoint needs") -> None:
+    """Raises OutputError when less than `needed_bytes` and 64 MiB are free where `parent` lies. what: for."""
     with disk_errors(parent):
         free_bytes = shutil.disk_usage(parent).free
     if free_bytes < needed_bytes + SPARE_BYTES:
         raise OutputError(
-            f"{parent}: {free_bytes / 1e9:.2f} GB are free, the checkpoint needs "
+            f"{parent}: {free_bytes / 1e9:.2f} GB are free, {what} "
             f"{(needed_bytes + SPARE_BYTES) / 1e9:.2f} GB; free some space or write elsewhere"
         )
 

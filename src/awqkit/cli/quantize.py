@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awqkit.cli.arguments import Parser, add_run_options, check_device, run_options, whole_number, write_json
-from awqkit.cli.console import Console, size_text
+from awqkit.cli.console import Console, size_text, table
+from awqkit.cli.progress import clock_text
 from awqkit.cli.recipe_flags import add_recipe_options, recipe_from, unused_flags
 from awqkit.events import BlockFinished, Event, Notice
 from awqkit.options import RunOptions
 
 if TYPE_CHECKING:
+    from awqkit.api.estimate import Estimate
     from awqkit.api.quantize import QuantizeResult
 
 SUMMARY = "quantize a model to a low-bit checkpoint: the main job"
@@ -77,6 +79,10 @@ def build_parser() -> Parser:
     parser.add_argument("out", type=Path, metavar="OUT", help=argparse.SUPPRESS)
     add_recipe_options(parser)
     group = parser.add_argument_group("the run")
+    group.add_argument(
+        "--estimate", action="store_true",
+        help="measure one block, say how long the run will take and what it needs of memory and disk; write nothing",
+    )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     group.add_argument(
         "--restart", action="store_true", help="throw away what a stopped run left, instead of going on from there"
@@ -115,6 +121,15 @@ def run(args: argparse.Namespace, console: Console) -> None:
         for text in unused_flags(args, recipe):
             emit(Notice(text))
         check_device(args.device)
+        if args.estimate:
+            from awqkit.api.estimate import estimate
+
+            found = estimate(args.model, args.out, recipe, options=options, emit=emit)
+    if args.estimate:
+        console.result(_estimate_text(found))
+        write_json(args.json, found.to_json())
+        return
+    with console.listening() as emit:
         from awqkit.api.quantize import quantize
 
         result = quantize(args.model, args.out, recipe, options=options, report_page=args.report, emit=count)
@@ -126,6 +141,23 @@ def run(args: argparse.Namespace, console: Console) -> None:
         console.result(f"Wrote the report to {args.report}.")
     write_json(args.json, result.report.to_json())
     console.hint(_next_steps(args.model, result.directory))
+
+
+def _estimate_text(found: Estimate) -> str:
+    """The table by stage, then what is needed."""
+    rows = [(stage, f"{seconds:.1f}") for stage, seconds in found.seconds.items() if seconds >= 0.05]
+    rows.append(("in all", f"{found.total_seconds:.1f}"))
+    memory = f"{size_text(found.host_bytes)} on the host"
+    if found.device_bytes is not None:
+        memory = f"{size_text(found.device_bytes)} on the device, {memory}"
+    state = f", {size_text(found.state_bytes)} beside it meanwhile" if found.state_bytes else ""
+    scratch = f", {size_text(found.scratch_bytes)} of temporary files" if found.scratch_bytes else ""
+    return (
+        f"{table(('stage', 'seconds'), rows)}\n"
+        f"About {clock_text(found.total_seconds)}, by {found.measured_blocks} measured block"
+        f"{'' if found.measured_blocks == 1 else 's'}. Peak memory: {memory}.\n"
+        f"Disk: {size_text(found.out_bytes)} for OUT{state}{scratch}. Nothing was written."
+    )
 
 
 def _closing_line(result: QuantizeResult, num_fallbacks: int) -> str:

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awqkit.kernels.int4_matmul import PackedInt4, dequantize_matmul, int4_matmul, kernel_takes, pack_for_kernel
+from awqkit.kernels.int4_chunks import dequantize_chunks, pack_chunks, unpack_codes
+from awqkit.kernels.int4_matmul import CHUNKS, TILES, dequantize_matmul, int4_kernel, pack_for_kernel, tiles_matmul
 from awqkit.numerics.grid import Grid, QuantizedWeight, dequantize
 
 
 class PackedLinear(nn.Module):
-    """y = x · Wᵀ + bias, W on a grid: two codes a byte up to 4 bits, one above, or the int4 kernel's own layout.
+    """y = x · Wᵀ + bias, W on a grid: two codes a byte up to 4 bits, one above, or in the layout of an int4 kernel.
 
-    The kernel is used for 4 bits in bfloat16 where it takes the shape (`kernels.int4_matmul`), everything else is
-    dequantized.
+    A kernel is used for 4 bits where one takes dtype and shape (`kernels.int4_matmul`), everything else is dequantized.
+    kernel: CHUNKS or TILES in the place of the one that would be chosen.
     """
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, *, kernel: str | None = None
+    ) -> None:
         super().__init__()
         grid, self.dtype = weight.grid, dtype
         self.out_features, self.in_features = weight.codes.shape
         self.bits, self.group_size, self.symmetric = grid.bits, grid.group_size, grid.symmetric
-        shape = (self.out_features, self.in_features)
-        if grid.bits == 4 and kernel_takes(weight.codes.device, dtype, *shape, grid.group_size):
+        if grid.bits == 4 and kernel is None:
+            kernel = int4_kernel(weight.codes.device, dtype, *weight.codes.shape, grid.group_size)
+        self.kernel = kernel
+        if kernel == CHUNKS:
+            chunks = pack_chunks(weight.codes, grid.group_scale, grid.group_zero, grid.group_size)
+            self.register_buffer("words", chunks.words)
+            self.register_buffer("scale", chunks.scale)
+            self.register_buffer("zero", chunks.zero)
+        elif kernel == TILES:
             packed = pack_for_kernel(weight.codes, grid.group_scale, grid.group_zero, grid.group_size)
             self.register_buffer("layout", packed.layout)
             self.register_buffer("offsets", packed.offsets)
@@ -37,31 +48,41 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """What the codes mean, `[out, in]`, made anew: some models compute with a linear's weight themselves."""
-        if not self.uses_kernel:
+        if self.kernel == CHUNKS:
+            return dequantize_chunks(self.words, self.scale, self.zero, self.dtype)
+        if self.kernel is None:
             return dequantize(self._codes(), self.quantized_weight().grid).to(self.dtype)
         identity = torch.eye(self.in_features, dtype=self.dtype, device=self.layout.device)
-        return int4_matmul(identity, PackedInt4(self.layout, self.offsets, self.group_size)).t()
+        return tiles_matmul(identity, self.layout, self.offsets, self.group_size).t()
 
     @property
     def uses_kernel(self) -> bool:
-        """Whether products go through torch's int4 kernel."""
-        return hasattr(self, "layout")
+        """Whether products go through an int4 kernel."""
+        return self.kernel is not None
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Codes and grid, exact; only where no kernel is used, whose layout is opaque."""
-        grid = Grid(self.bits, self.group_size, self.symmetric, self.group_scale.float(), self.group_zero.float())
-        return QuantizedWeight(self._codes(), grid)
+        """Codes and grid, exact; not where torch's kernel is used, whose layout is opaque."""
+        if self.kernel == CHUNKS:
+            codes, scale, zero = unpack_codes(self.words), self.scale, self.zero
+        else:
+            codes, scale, zero = self._codes(), self.group_scale, self.group_zero
+        return QuantizedWeight(codes, Grid(self.bits, self.group_size, self.symmetric, scale.float(), zero.float()))
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]` in the dtype of x."""
-        if not self.uses_kernel:
+        if self.kernel is None:
             return dequantize_matmul(x, self._codes(), self.group_scale, self.group_zero, self.group_size, self.bias)
-        product = int4_matmul(x, PackedInt4(self.layout, self.offsets, self.group_size))
+        if self.kernel == CHUNKS:
+            if x.requires_grad and torch.is_grad_enabled():  # the kernel has no gradient, the weight needs none
+                return F.linear(x, self.weight.to(x.dtype), self.bias)
+            product = torch.ops.awqkit.int4_chunks_matmul(x, self.words, self.scale, self.zero)
+        else:
+            product = tiles_matmul(x, self.layout, self.offsets, self.group_size)
         return product if self.bias is None else product + self.bias
 
     def extra_repr(self) -> str:
         """Shape and grid, for `print(model)`."""
-        how = "int4 kernel" if self.uses_kernel else "dequantized"
+        how = f"int4 kernel ({self.kernel})" if self.uses_kernel else "dequantized"
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}, {how}"
 
     def _codes(self) -> Tensor:

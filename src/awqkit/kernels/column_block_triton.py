@@ -84,6 +84,7 @@ def round_block(
     _round_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
         weight, scale, lowest, highest, factor, steps, errors, rows, factor.stride(0),
         num_columns=columns, COLUMNS=triton.next_power_of_2(columns), ROWS=ROWS_PER_PROGRAM,
+        num_warps=1,  # a column is then summed within one warp: half the time of four
     )  # fmt: skip
     return steps, errors
 
@@ -98,5 +99,6 @@ def descend_block(
     _descend_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
         steps, residual, scale, lowest, highest, moment, moved, changes, rows, moment.stride(0),
         num_columns=columns, COLUMNS=triton.next_power_of_2(columns), ROWS=ROWS_PER_PROGRAM,
+        num_warps=1,  # a column is then summed within one warp: half the time of four
     )  # fmt: skip
     return moved, changes

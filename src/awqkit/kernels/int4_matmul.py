@@ -1,8 +1,8 @@
-"""x · Wᵀ with W on a 4-bit grid: torch's own int4 kernel where it can be had, else dequantize and multiply.
+"""x · Wᵀ with W on a 4-bit grid: in chunks on a GPU with Triton, else torch's int4 kernel, else with W dequantized.
 
-The kernel computes (q − 8) · Δ + o with the offset o = (8 − z) · Δ held in the compute dtype. In bfloat16 that rounds
-o by at most Δ/37, less than a dequantized bfloat16 weight is; a symmetric grid has o = 0. The reference is exact:
-(q − z) · Δ in float32, then the product in the dtype of x.
+`int4_chunks` rounds no weight. torch's kernel computes (q − 8) · Δ + o with the offset o = (8 − z) · Δ held in the
+compute dtype. In bfloat16 that rounds o by at most Δ/37, less than a dequantized bfloat16 weight is; a symmetric grid
+has o = 0. The reference is exact: (q − z) · Δ in float32, then the product in the dtype of x.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awqkit.kernels.int4_chunks import chunks_take
+
+CHUNKS, TILES = "chunks", "tiles"  # kernels: `int4_chunks`, and torch's own
 _KERNEL_GROUP_SIZES = (32, 64, 128)
 _CPU_ROWS, _CUDA_ROWS = 16, 8  # the kernels' tiles over output features
 _CUDA_INNER_K_TILES = (8, 4, 2)  # layouts of the CUDA kernel; the widest that divides is fastest
@@ -25,6 +28,15 @@ class PackedInt4:
     layout: Tensor
     offsets: Tensor
     group_size: int
+
+
+def int4_kernel(
+    device: torch.device, dtype: torch.dtype, out_features: int, in_features: int, group_size: int
+) -> str | None:
+    """CHUNKS, TILES, or None where a product is best done with the dequantized weight."""
+    if chunks_take(device, dtype, in_features, group_size):
+        return CHUNKS
+    return TILES if kernel_takes(device, dtype, out_features, in_features, group_size) else None
 
 
 def kernel_takes(
@@ -58,12 +70,17 @@ def pack_for_kernel(codes: Tensor, group_scale: Tensor, group_zero: Tensor, grou
 
 
 def int4_matmul(x: Tensor, weight: PackedInt4) -> Tensor:
-    """x · Wᵀ by the kernel; x `[..., in]` bfloat16, result `[..., out]` bfloat16."""
+    """x · Wᵀ by torch's kernel; x `[..., in]` bfloat16, result `[..., out]` bfloat16."""
+    return tiles_matmul(x, weight.layout, weight.offsets, weight.group_size)
+
+
+def tiles_matmul(x: Tensor, layout: Tensor, offsets: Tensor, group_size: int) -> Tensor:
+    """`int4_matmul` with the parts of a PackedInt4."""
     rows = x.reshape(-1, x.shape[-1])
     if x.device.type == "cpu":
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight.layout, weight.group_size, weight.offsets)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, layout, group_size, offsets)
     else:
-        product = torch.ops.aten._weight_int4pack_mm(rows, weight.layout, weight.group_size, weight.offsets)
+        product = torch.ops.aten._weight_int4pack_mm(rows, layout, group_size, offsets)
     return product.reshape(*x.shape[:-1], product.shape[-1])
 
 

@@ -49,20 +49,26 @@ class Readers:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """moment: H `[in, in]` of the input that the linear gets (Ĥ of the quantized stream with propagation).
+    """moment: H `[in, in]` of the input that the linear gets (Ĥ of the quantized stream with propagation), or its
+    blocks on the diagonal (`numerics.output_error`).
 
-    metric: the same, ready for rounding, or None where no step needs it. shift: β T `[in, in]`, or None where the
-    weight itself is aimed at. strength: β. raised: why H needed more damping than was asked for, or None.
+    metric: the same, ready for rounding, or None where no step needs it. shift: β T `[in, in]`; or
+    difference: β (C − Ĥ), of which T is made, where fewer rows than channels aim by it; neither where the weight itself
+    is aimed at. strength: β. raised: why H needed more damping than was asked for, or None.
     """
 
     moment: Tensor
     metric: RoundingMetric | None
     shift: Tensor | None = None
+    difference: Tensor | None = None
     strength: float = 0.0
     raised: str | None = None
 
     def target(self, weight: Tensor) -> Tensor:
         """The weight `[out, in]` to aim at: W + β W T."""
+        if self.difference is not None:
+            assert self.metric is not None
+            return weight + self.metric.solve(weight @ self.difference)
         return weight if self.shift is None else torch.addmm(weight, weight, self.shift)
 
 
@@ -76,13 +82,25 @@ def original_evidence(statistics: Statistics, readers: Readers, choices: MetricC
 
 
 def propagated_evidence(
-    paired: PairedStatistics, held_out: PairedStatistics | None, readers: Readers, choices: MetricChoices
+    paired: PairedStatistics,
+    held_out: PairedStatistics | None,
+    readers: Readers,
+    choices: MetricChoices,
+    *,
+    for_others: bool = False,
 ) -> Evidence:
-    """From both streams. held_out: of other rows, on which "auto" chooses the strength; without them it is a half."""
+    """From both streams. held_out: of other rows, on which "auto" chooses the strength; without them it is a half.
+
+    for_others: whether weights of other inputs are to be shifted by it, too.
+    """
     moment = second_moment(paired.quantized)
     metric = _metric(moment, readers, choices)
+    strength, raised = choices.propagation, _raised(metric, choices)
+    rows = sum(len(weight) for weight in readers.weights)
+    if strength != AUTO and rows < len(moment) and not for_others:
+        difference = (cross_moment(paired) - moment).mul_(strength) if strength else None
+        return Evidence(moment, metric, difference=difference, strength=strength, raised=raised)
     shift = correction(cross_moment(paired), metric)
-    strength = choices.propagation
     if strength == AUTO and held_out is None:
         strength = UNCHECKED_STRENGTH
     elif strength == AUTO:
@@ -93,7 +111,7 @@ def propagated_evidence(
             cross_moment(held_out),
             second_moment(held_out.quantized),
         )
-    return Evidence(moment, metric, shift.mul_(strength) if strength else None, strength, _raised(metric, choices))
+    return Evidence(moment, metric, shift.mul_(strength) if strength else None, strength=strength, raised=raised)
 
 
 def _raised(metric: RoundingMetric, choices: MetricChoices) -> str | None:

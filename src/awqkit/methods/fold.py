@@ -23,7 +23,7 @@ from awqkit.numerics.channel_scale import (
     tied_mean,
 )
 from awqkit.numerics.histogram import counts_at
-from awqkit.numerics.output_error import weighted_error
+from awqkit.numerics.output_error import moment_diagonal, weighted_error
 from awqkit.numerics.statistics import Statistics, second_moment
 
 
@@ -71,7 +71,7 @@ def _conditional(statistics: Statistics, evidence: Evidence) -> Tensor:
 
 
 IMPORTANCE: dict[str, Callable[[Statistics, Evidence], Tensor]] = {
-    "square": lambda statistics, evidence: second_moment(statistics).diagonal(),
+    "square": lambda statistics, evidence: moment_diagonal(second_moment(statistics)),
     "mean-abs": lambda statistics, evidence: statistics.mean_abs.square(),
     "conditional": _conditional,
 }
@@ -205,10 +205,10 @@ def fold_errors(
     row_weights: Sequence[Tensor],
     moments: Sequence[Tensor],
 ) -> tuple[float, float]:
-    """The consumers' summed, row-weighted errors on the full H: of plain rounding at s = 1, and of what was chosen.
+    """The consumers' summed, row-weighted errors on H: of plain rounding at s = 1, and of what was chosen.
 
-    moments: H `[in, in]` of the input that each gets, in the original's units. Both are measured from the weight aimed
-    at; the rows' own division r is the same on both sides.
+    moments: H (as `numerics.output_error` takes it) of the input that each gets, in the original's units. Both are
+    measured from the weight aimed at; the rows' own division r is the same on both sides.
     """
     plain, chosen = 0.0, 0.0
     for linear, weight, row_weight, moment in zip(consumers, scaled, row_weights, moments, strict=True):

@@ -14,7 +14,7 @@ from awqkit.methods.plan import LinearPlan
 from awqkit.methods.slots import CLIP, REFINEMENT, ROUNDING
 from awqkit.numerics.grid import QuantizedWeight, dequantize, split_groups
 from awqkit.numerics.histogram import counts_at
-from awqkit.numerics.output_error import diagonal_blocks, row_errors, weighted_error
+from awqkit.numerics.output_error import diagonal_blocks, moment_divided, row_errors, weighted_error
 from awqkit.numerics.rounding import round_nearest, span_grid
 from awqkit.numerics.rounding_metric import RoundingMetric
 from awqkit.numerics.saliency import saliency_shares
@@ -66,6 +66,14 @@ class QuantizedLinear:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoredLinear:
+    """What a block computes with in the place of a linear: `restored` and `channel_scale` of `QuantizedLinear`."""
+
+    channel_scale: Tensor
+    restored: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Rounded:
     """Codes on a grid, and the mean share of the groups' range that was kept."""
 
@@ -104,7 +112,7 @@ def round_rows_alike(scaled: ScaledWeight, evidence: Evidence, plan: LinearPlan)
     ratio_low, ratio_high, clip_mean, clip_counts = None, None, 1.0, ()
     clip = CLIP[plan.clip]
     if clip is not None:
-        moment = evidence.moment / scaled.channel_scale.unsqueeze(0) / scaled.channel_scale.unsqueeze(1)
+        moment = moment_divided(evidence.moment, scaled.channel_scale)
         grouped = split_groups(weight, plan.group_size)
         ratio_low, ratio_high = clip(grouped, group_weights(moment, metric, plan), **plan.grid_choices)
         clip_mean = float((ratio_low.mean() + ratio_high.mean()) / 2)
@@ -133,19 +141,17 @@ def quantize_linear(
     """
     nearest = Rounded(round_plainly(scaled.weight, plan), 1.0)
     if evidence is None:
-        return _decided(scaled, None, plan, nearest, None)
+        return _decided(scaled, None, plan, nearest, _restored(scaled, nearest), None)
     chosen = round_rows(scaled, evidence, plan)
-    errors = [
-        weighted_error(_restored(scaled, each) - scaled.target, evidence.moment, row_weight)
-        for each in (nearest, chosen)
-    ]
+    restored = [_restored(scaled, each) for each in (nearest, chosen)]
+    errors = [weighted_error(each - scaled.target, evidence.moment, row_weight) for each in restored]
     if errors[1] > errors[0]:
         reason = (
             f"clip and rounding raised the output error under this scale "
             f"({errors[1]:.3e} > {errors[0]:.3e}): nearest rounding kept"
         )
-        return _decided(scaled, evidence, plan, nearest, reason)
-    return _decided(scaled, evidence, plan, chosen, evidence.raised)
+        return _decided(scaled, evidence, plan, nearest, restored[0], reason)
+    return _decided(scaled, evidence, plan, chosen, restored[1], evidence.raised)
 
 
 def _restored(scaled: ScaledWeight, rounded: Rounded) -> Tensor:
@@ -153,11 +159,15 @@ def _restored(scaled: ScaledWeight, rounded: Rounded) -> Tensor:
 
 
 def _decided(
-    scaled: ScaledWeight, evidence: Evidence | None, plan: LinearPlan, chosen: Rounded, fallback: str | None
+    scaled: ScaledWeight,
+    evidence: Evidence | None,
+    plan: LinearPlan,
+    chosen: Rounded,
+    restored: Tensor,
+    fallback: str | None,
 ) -> QuantizedLinear:
     moment = None if evidence is None else evidence.moment
     original = scaled.original
-    restored = _restored(scaled, chosen)
     plain = round_plainly(original, plan)
     plain_restored = dequantize(plain.codes, plain.grid)
     size = max(float(original.square().sum()), torch.finfo(torch.float32).tiny)

@@ -24,7 +24,10 @@ from awqkit.methods.plan import LinearPlan
 from awqkit.numerics.grid import Grid, QuantizedWeight, dequantize
 from awqkit.numerics.rounding_metric import RoundingMetric, moment_order, rounding_metric
 
-ROWS_AT_ONCE = 192  # blocks of 64 were no better and slower (docs/log.md)
+ROWS_AT_ONCE = 192  # at least: blocks of 64 were no better and slower (docs/log.md)
+MOST_BLOCKS = (
+    8  # of a linear: a GPU has little to do in 192 rows of a large one, and as many launches as in all of them
+)
 DAMP_RATIO = 0.05
 
 
@@ -39,8 +42,9 @@ def _round_row_blocks(rows: RoundingMetric, scaled: ScaledWeight, evidence: Evid
     remaining = scaled.target[order]
     row_scale = scaled.row_scale[order]
     parts: list[Rounded] = []
-    for start in range(0, len(order), ROWS_AT_ONCE):
-        end = min(start + ROWS_AT_ONCE, len(order))
+    at_once = max(ROWS_AT_ONCE, -(-len(order) // MOST_BLOCKS))
+    for start in range(0, len(order), at_once):
+        end = min(start + at_once, len(order))
         target = remaining[start:end]
         block = replace(scaled, original=target, target=target, row_scale=row_scale[start:end])
         rounded = round_rows_alike(block, evidence, plan)

@@ -43,9 +43,13 @@ def prove(
 
 
 def proved_together(structure: BlockStructure) -> list[tuple[Fold, ...]]:
-    """The folds of a structure in the groups that one proof serves: those of all experts' like parts are one."""
+    """The folds of a structure in groups that are exact together or not: those of all experts' like parts are one."""
+    return _grouped(structure, structure.folds)
+
+
+def _grouped(structure: BlockStructure, folds: Sequence[Fold]) -> list[tuple[Fold, ...]]:
     groups: dict[tuple[str, ...], list[Fold]] = {}
-    for fold in structure.folds:
+    for fold in folds:
         expert = structure.linear(fold.producer_linear).expert if fold.producer_linear else None
         key = (fold.label,) if expert is None else (expert.experts, expert.part)
         groups.setdefault(key, []).append(fold)
@@ -55,11 +59,18 @@ def proved_together(structure: BlockStructure) -> list[tuple[Fold, ...]]:
 def proof_errors(
     block: nn.Module, run: RunBlock, hidden: Tensor, structure: BlockStructure, folds: Sequence[Fold]
 ) -> list[float]:
-    """`prove` for each fold: of all together where that is exact, else of one after the other."""
+    """`prove` for each fold: of all at once where that is exact, else of each group, else of one after the other."""
     error = prove(block, run, hidden, structure, folds)
     if error <= PROOF_TOLERANCE or len(folds) == 1:
         return [error] * len(folds)
-    return [prove(block, run, hidden, structure, (fold,)) for fold in folds]
+    groups = _grouped(structure, folds)
+    parts = groups if len(groups) > 1 else [(fold,) for fold in folds]
+    found = {
+        id(fold): error
+        for part in parts
+        for fold, error in zip(part, proof_errors(block, run, hidden, structure, part), strict=True)
+    }
+    return [found[id(fold)] for fold in folds]
 
 
 def _scale_by_powers(

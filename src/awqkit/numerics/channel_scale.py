@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awqkit.kernels.group_search import scale_errors, takes
 from awqkit.numerics.grid import choose_scale_and_zero, group_range, merge_groups, rounding_error, split_groups
 from awqkit.numerics.output_error import group_row_errors, row_errors
 from awqkit.numerics.tiles import row_tiles, tries_at_once
@@ -78,19 +79,18 @@ def candidates(
 
     importance, column_rms: `[in]` float32 ≥ 0, already tied; unit_of_channel: `[in]` int64.
     """
-    free = channel_of >= 0
-    found = [Candidate("identity", 0.0, torch.ones_like(importance))]
-    energy, column = _positive(importance), _positive(column_rms)
-    for family in families:
-        for alpha in ALPHAS:
-            if family == "importance" and alpha == 0.0:
-                continue  # the identity again
-            scale = energy.log() * (alpha / 2)
-            if family == "duo":
-                scale = scale - column.log() * (1 - alpha)
-            scale = _centered(scale, unit_of_channel, free).exp()
-            found.append(Candidate(family, alpha, torch.where(free, scale, torch.ones_like(scale))))
-    return found
+    tried = [
+        (family, alpha)
+        for family in families
+        for alpha in ALPHAS
+        if family == "duo" or alpha > 0.0  # importance^0 is the identity again
+    ]
+    alphas = importance.new_tensor([alpha / 2 for _, alpha in tried]).unsqueeze(1)
+    shares = importance.new_tensor([1 - alpha if family == "duo" else 0.0 for family, alpha in tried]).unsqueeze(1)
+    energy, column = _positive(importance).log(), _positive(column_rms).log()
+    scales = _normalised(energy * alphas - column * shares, channel_of, unit_of_channel)
+    identity = Candidate("identity", 0.0, torch.ones_like(importance))
+    return [identity, *(Candidate(*which, scale) for which, scale in zip(tried, scales, strict=True))]
 
 
 def smooth_candidates(max_abs: Tensor, column_max: Tensor, channel_of: Tensor, alpha: float | None) -> list[Candidate]:
@@ -98,13 +98,12 @@ def smooth_candidates(max_abs: Tensor, column_max: Tensor, channel_of: Tensor, a
 
     max_abs, column_max: `[in]` float32 ≥ 0, already tied. (Xiao 2022, equation 4.)
     """
-    free = channel_of >= 0
-    unit_of_channel = torch.zeros_like(channel_of)
     activation, column = _positive(max_abs).log(), _positive(column_max).log()
+    strengths = ALPHAS if alpha is None else (alpha,)
+    logs = torch.stack([activation * strength - column * (1 - strength) for strength in strengths])
     found = [] if alpha is not None else [Candidate("identity", 0.0, torch.ones_like(max_abs))]
-    for strength in ALPHAS if alpha is None else (alpha,):
-        scale = _centered(activation * strength - column * (1 - strength), unit_of_channel, free).exp()
-        found.append(Candidate("smooth", strength, torch.where(free, scale, torch.ones_like(scale))))
+    for strength, scale in zip(strengths, _normalised(logs, channel_of, torch.zeros_like(channel_of)), strict=True):
+        found.append(Candidate("smooth", strength, scale))
     return found
 
 
@@ -113,15 +112,19 @@ def _positive(values: Tensor) -> Tensor:
     return values.clamp(min=float(values.max()) * _SMALLEST_SHARE).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _centered(log_scale: Tensor, unit_of_channel: Tensor, free: Tensor) -> Tensor:
-    """log s minus the middle of its extremes in each unit: s normalised by √(max · min)."""
-    units = int(unit_of_channel.max()) + 1
+def _normalised(log_scales: Tensor, channel_of: Tensor, unit_of_channel: Tensor) -> Tensor:
+    """s `[n, in]` from log s, each divided by √(max · min) in its unit; 1 where `channel_of` is −1."""
+    units, free = int(unit_of_channel.max()) + 1, channel_of >= 0
+    place = unit_of_channel.expand_as(log_scales)
     extremes = []
     for reduce, fill in (("amax", -torch.inf), ("amin", torch.inf)):
-        start = torch.full((units,), fill, device=log_scale.device)
-        extremes.append(start.scatter_reduce_(0, unit_of_channel[free], log_scale[free], reduce))
+        start = log_scales.new_full((len(log_scales), units), fill)
+        held = torch.where(free, log_scales, torch.full_like(log_scales, fill))
+        extremes.append(start.scatter_reduce_(1, place, held, reduce))
     middle = (extremes[0] + extremes[1]) / 2
-    return log_scale - torch.where(middle.isfinite(), middle, torch.zeros_like(middle))[unit_of_channel]
+    middle = torch.where(middle.isfinite(), middle, torch.zeros_like(middle))
+    scales = (log_scales - middle.gather(1, place)).exp()
+    return torch.where(free, scales, torch.ones_like(scales))
 
 
 def rounding_errors(
@@ -141,6 +144,11 @@ def rounding_errors(
     weight: float32 `[out, in]`, all consumers of the input stacked; row_weight: `[out]` ≥ 0. group_weights: as
     `output_error.group_row_errors` takes them, for the unscaled input. full_moment: H `[in, in]` to judge by instead.
     """
+    if full_moment is None and takes(weight, group_size, stored_dtype):
+        return scale_errors(
+            weight, group_weights, row_weight, torch.stack([candidate.channel_scale for candidate in tried]),
+            bits=bits, group_size=group_size, symmetric=symmetric, stored_dtype=stored_dtype,
+        )  # fmt: skip
     grouped = split_groups(weight, group_size)
     groups = grouped.shape[0]
     scales = torch.stack([candidate.channel_scale for candidate in tried]).reshape(-1, groups, 1, group_size)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from awqkit.kernels.group_search import clip_ratios, takes
 from awqkit.numerics.grid import choose_scale_and_zero, group_range, rounding_error
 from awqkit.numerics.output_error import group_row_errors
 from awqkit.numerics.tiles import row_tiles, tries_at_once
 
 NUM_STEPS = 20
 MIN_RATIO = 0.5
+RATIOS = tuple(1.0 - (1.0 - MIN_RATIO) * step / NUM_STEPS for step in range(1, NUM_STEPS + 1))
 
 
 def search_clip(
@@ -35,6 +37,11 @@ def search_clip(
     separate_ends: search one shared ratio, then the high end alone, then the low end alone; ignored when symmetric.
     A ratio is only taken where it lowers the group's own error, so no group gets worse by its own weights.
     """
+    if takes(grouped, grouped.shape[-1], stored_dtype):
+        return clip_ratios(
+            grouped, group_weights, RATIOS,
+            bits=bits, symmetric=symmetric, stored_dtype=stored_dtype, separate_ends=separate_ends,
+        )  # fmt: skip
     ratios_low = torch.ones(grouped.shape[:2], device=grouped.device)
     ratios_high = torch.ones_like(ratios_low)
     for tile in row_tiles(grouped.shape, grouped.device):
@@ -63,10 +70,9 @@ class _EndSearch:
     def sweep(self, *, move_low: bool, move_high: bool) -> None:
         """Try 20 ratios below 1 for the chosen ends, the other end held; keep what is better."""
         start_low, start_high = self.ratio_low, self.ratio_high
-        ratios = [1.0 - (1.0 - MIN_RATIO) * step / NUM_STEPS for step in range(1, NUM_STEPS + 1)]
         at_once = tries_at_once(self.weights)
         for start in range(0, NUM_STEPS, at_once):
-            some = torch.tensor(ratios[start : start + at_once], device=start_low.device).reshape(-1, 1, 1)
+            some = torch.tensor(RATIOS[start : start + at_once], device=start_low.device).reshape(-1, 1, 1)
             some = some.expand(-1, *start_low.shape)
             ratio_low = some if move_low else start_low.expand_as(some)
             ratio_high = some if move_high else start_high.expand_as(some)

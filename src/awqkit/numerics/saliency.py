@@ -13,7 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from awqkit.numerics.output_error import moment_diagonal, pushed
 
 # A share needs no more rows than this; all rows of a large linear would cost as much as judging a candidate.
 _MAX_ROWS = 512
@@ -23,21 +26,24 @@ def saliency_shares(error: Tensor, moment: Tensor, channel_shares: Sequence[floa
     """(share of channels, share of the output error that they carry) for each of `channel_shares`.
 
     error: E = Ŵ − W float32 `[out, in]`; where it has many rows, some hundred evenly spaced ones are looked at.
-    moment: H = E[x xᵀ] float32 `[in, in]`. S are the ⌈share · in⌉ channels with the largest H_jj = E[x_j²]. A share of
-    the error can be negative, where the errors of S cancel those of others; it is 0 where there is no error.
+    moment: H as `output_error` takes it, float32. S are the ⌈share · in⌉ channels with the largest H_jj = E[x_j²]. A
+    share of the error can be negative, where the errors of S cancel those of others; it is 0 where there is no error.
     """
     rows = error[:: math.ceil(error.shape[0] / _MAX_ROWS)]
-    pushed = rows @ moment
-    total = float((pushed * rows).sum())
+    felt = pushed(rows, moment)
+    total = float((felt * rows).sum())
     if total <= 0.0:
         return tuple((share, 0.0) for share in channel_shares)
-    order = moment.diagonal().argsort(descending=True, stable=True)
+    order = moment_diagonal(moment).argsort(descending=True, stable=True)
     found = []
     for share in channel_shares:
         salient = order[: math.ceil(share * len(order))]
         alone = rows[:, salient]
         # tr(E' H E'ᵀ) = tr(E H Eᵀ) − 2 tr(E_S (E H)_Sᵀ) + tr(E_S H_SS E_Sᵀ), E_S the columns of S
-        inner = alone @ moment[salient][:, salient]
-        removed = 2 * float((pushed[:, salient] * alone).sum()) - float((inner * alone).sum())
+        if moment.dim() == 2:
+            inner = alone @ moment[salient][:, salient]
+        else:
+            inner = pushed(torch.zeros_like(rows).index_copy_(1, salient, alone), moment)[:, salient]
+        removed = 2 * float((felt[:, salient] * alone).sum()) - float((inner * alone).sum())
         found.append((share, removed / total))
     return tuple(found)

@@ -14,15 +14,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from awqkit.kernels.gram import add_gram_, add_product_
+from awqkit.numerics.output_error import diagonal_blocks, moment_diagonal
+
 _SAMPLE_TOKENS = 128
-_GRAM_TILE = 256  # columns a step; only tiles on and above the diagonal are multiplied, the rest is mirrored
 
 
 @dataclass(frozen=True, slots=True)
 class Gram:
     """gram: `[in, in]` float32, Σ_t ω_t x_t x_tᵀ. weight_sum: Σ_t ω_t, the number of tokens where they count alike.
 
-    While accumulating only the tiles of `gram` on and above the diagonal are filled: `mirrored` fills the others.
+    Or `[groups, group_size, group_size]`, its blocks on the diagonal, where nobody asks for more. While accumulating
+    only the tiles of a whole `gram` on and above the diagonal are filled: `mirrored` fills the others.
     """
 
     weight_sum: float
@@ -35,7 +38,7 @@ class Statistics:
 
     token_count: tokens seen; weight_sum: the sum of their weights, the same number where tokens count alike.
     abs_sum, max_abs: `[in]` float32, units of x. sample: `[≤ 128, in]` float32, some of the tokens themselves.
-    gram: `[in, in]` float32, a weighted sum; while accumulating as in `Gram`, until `finished`.
+    gram: `[in, in]` float32 or its blocks, a weighted sum; while accumulating as in `Gram`, until `finished`.
     """
 
     token_count: int
@@ -61,26 +64,37 @@ def accumulate_gram_(
 ) -> Gram:
     """As `accumulate_`, the gram alone."""
     tokens, weight_sum = real_tokens(inputs, mask), None
+    weighted = tokens
     if token_weight is not None:
         weights = real_tokens(token_weight.unsqueeze(-1), mask)
-        tokens, weight_sum = tokens * weights.sqrt(), float(weights.sum())
-    for start in range(0, tokens.shape[1], _GRAM_TILE):
-        rows = tokens[:, start : start + _GRAM_TILE]
-        summed.gram[start : start + _GRAM_TILE, start:].addmm_(rows.t(), tokens[:, start:])
+        weighted, weight_sum = tokens * weights, float(weights.sum())
+    if summed.gram.dim() == 3:
+        shape = (len(tokens), *summed.gram.shape[:2])
+        summed.gram.baddbmm_(weighted.reshape(shape).permute(1, 2, 0), tokens.reshape(shape).transpose(0, 1))
+    else:
+        add_gram_(summed.gram, weighted, tokens)
     return Gram(summed.weight_sum + (float(tokens.shape[0]) if weight_sum is None else weight_sum), summed.gram)
 
 
 def mirrored(summed: Gram) -> Gram:
     """The same with a full, symmetric gram."""
+    if summed.gram.dim() == 3:
+        return summed
     upper = summed.gram.triu()
     return Gram(summed.weight_sum, upper + upper.triu(1).t())
 
 
-def empty_statistics(num_channels: int, device: torch.device | str = "cpu") -> Statistics:
-    """Statistics of no tokens for an input of `num_channels`."""
+def empty_statistics(
+    num_channels: int, device: torch.device | str = "cpu", group_size: int | None = None
+) -> Statistics:
+    """Statistics of no tokens for an input of `num_channels`; group_size: for the gram's blocks of that size alone."""
     zeros = torch.zeros(num_channels, device=device)
     none = torch.empty(0, num_channels, device=device)
-    return Statistics(0, 0.0, zeros, zeros.clone(), none, empty_gram(num_channels, device).gram)
+    if group_size is None:
+        gram = empty_gram(num_channels, device).gram
+    else:
+        gram = torch.zeros(num_channels // group_size, group_size, group_size, device=device)
+    return Statistics(0, 0.0, zeros, zeros.clone(), none, gram)
 
 
 def accumulate_(
@@ -92,7 +106,7 @@ def accumulate_(
     (padding is False), or None where all count. token_weight: `[...]` float32 ≥ 0, what a token's error costs in the
     gram, or None where all cost the same; means of |x| stay unweighted.
     """
-    tokens = real_tokens(inputs, mask)
+    tokens = real_tokens(inputs, mask).to(torch.float32)
     if tokens.shape[0] == 0:
         return statistics
     absolute = tokens.abs()
@@ -119,8 +133,8 @@ def _sampled(sample: Tensor, tokens: Tensor) -> Tensor:
 
 
 def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """`[..., in]` as `[tokens, in]` float32, padding (mask False) left out."""
-    tokens = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+    """`[..., in]` as `[tokens, in]`, padding (mask False) left out."""
+    tokens = inputs.reshape(-1, inputs.shape[-1])
     return tokens if mask is None else tokens[mask.reshape(-1)]
 
 
@@ -170,7 +184,7 @@ def pooled(parts: Sequence[Statistics]) -> Statistics:
 
 
 def shrunk(statistics: Statistics, prior: Tensor, enough: int) -> Statistics:
-    """Finished statistics of few tokens drawn towards `prior`, an H `[in, in]`, by as much as tokens lack.
+    """Finished statistics of few tokens drawn towards `prior`, an H like their own, by as much as tokens lack.
 
         H' = λ H + (1 − λ) prior,   λ = min(1, tokens ÷ enough)
 
@@ -182,13 +196,25 @@ def shrunk(statistics: Statistics, prior: Tensor, enough: int) -> Statistics:
         return statistics
     weight_sum = statistics.weight_sum or 1.0
     moment = share * second_moment(statistics) + (1.0 - share) * prior
-    abs_sum = statistics.abs_sum if statistics.token_count else prior.diagonal().sqrt()
+    abs_sum = statistics.abs_sum if statistics.token_count else moment_diagonal(prior).sqrt()
     return replace(statistics, weight_sum=weight_sum, abs_sum=abs_sum, gram=moment * weight_sum)
 
 
 def second_moment(summed: Statistics | Gram) -> Tensor:
-    """H = E[x xᵀ], `[in, in]` float32, of finished statistics or a mirrored gram."""
+    """H = E[x xᵀ], `[in, in]` or its blocks, float32, of finished statistics or a mirrored gram."""
     return summed.gram / (summed.weight_sum or 1.0)
+
+
+def whole_groups(num_channels: int, group_size: int | None) -> int | None:
+    """The group size where whole groups of it make up the channels, else None."""
+    return group_size if group_size is not None and group_size > 0 and num_channels % group_size == 0 else None
+
+
+def in_blocks(statistics: Statistics, group_size: int) -> Statistics:
+    """Finished statistics with no more of the gram than its blocks on the diagonal, where they tile it."""
+    if whole_groups(statistics.gram.shape[-1], group_size) is None or statistics.gram.dim() == 3:
+        return statistics
+    return replace(statistics, gram=diagonal_blocks(statistics.gram, group_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +247,7 @@ def accumulate_paired_(
     if token_weight is not None:
         weights = real_tokens(token_weight.unsqueeze(-1), mask)
         first, weights = first * weights, weights.squeeze(-1)
-    paired.cross_gram.addmm_(first.t(), second)
+    add_product_(paired.cross_gram, first, second)
     return replace(paired, quantized=accumulate_gram_(paired.quantized, second, None, weights))
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from awqkit.model.block_calls import BlockCall, Carried, mapped
 from awqkit.model.skeleton import Skeleton
+from awqkit.pipeline.kept_states import KeptBeside
+from awqkit.pipeline.marked_states import MarkedStates
 from awqkit.pipeline.row_parts import OwnRows
 from awqkit.pipeline.saved_states import rows_of_pieces
 
@@ -67,10 +69,11 @@ class HiddenStates:
         num_streams: int = 1,
         own: OwnRows | None = None,
     ) -> None:
-        self._device, self._mask = device, rows.mask
+        self._device, self._mask, self._rows = device, rows.mask, rows
         self.own = own or OwnRows.undivided(len(rows.ids))
-        at_most = tokens_per_batch or usual_tokens_per_batch(device)
-        self._batches = list(_batches(rows.ids.shape, at_most, self.own.ends))
+        self._tokens_per_batch = tokens_per_batch or usual_tokens_per_batch(device)
+        self._batches = list(_batches(rows.ids.shape, self._tokens_per_batch, self.own.ends))
+        self._mark: MarkedStates | None = None
         self._calls: dict[int, tuple[BlockCall, ...]] = {}  # by the first row of a batch
         self._beside: dict[int, tuple[Carried, ...]] = {}
         self._states: Tensor | None = None if self._batches else torch.empty(0, rows.ids.shape[1], 1)
@@ -84,7 +87,7 @@ class HiddenStates:
         """The same rows as a stream of its own."""
         twin = object.__new__(HiddenStates)
         twin.__dict__.update(self.__dict__)
-        twin._states, twin._beside = self._states.clone(), dict(self._beside)
+        twin._states, twin._beside, twin._mark = self._states.clone(), dict(self._beside), None
         return twin
 
     def take(self, other: HiddenStates) -> None:
@@ -146,6 +149,11 @@ class HiddenStates:
         return self._device
 
     @property
+    def tokens_per_batch(self) -> int:
+        """How many tokens the largest batch holds."""
+        return max(part.stop - part.start for part in self._batches) * self._rows.ids.shape[1]
+
+    @property
     def num_batches(self) -> int:
         """How many batches there are."""
         return len(self._batches)
@@ -167,8 +175,43 @@ class HiddenStates:
         """The hidden states of some rows, on the device."""
         return self._states[part].to(self._device)
 
+    def mark(self) -> None:
+        """From here on what is overwritten is kept on the host, so that `put_back` can undo it."""
+        if self._mark is None:
+            self._mark = MarkedStates(self._states, self._beside, self._device)
+        else:
+            self._mark.again(self._states, self._beside)
+
+    def put_back(self) -> None:
+        """Be where `mark` was called last."""
+        if self._mark is not None:
+            self._states, self._beside = self._mark.put_back()
+
+    @property
+    def is_row_by_row(self) -> bool:
+        """Whether a batch is one row, so that it cannot be made smaller."""
+        return all(part.stop - part.start == 1 for part in self._batches)
+
+    def halve_batches(self, skeleton: Skeleton) -> None:
+        """The same rows in batches of half as many tokens, one row at least. No block has its weights meanwhile."""
+        together = KeptBeside(len(self._rows.ids), self._device)
+        for part in self._batches if self._beside else ():
+            together.keep(part, self.beside(part))
+        self._tokens_per_batch = max(1, self._tokens_per_batch // 2)
+        self._batches = list(_batches(self._rows.ids.shape, self._tokens_per_batch, self.own.ends))
+        self._calls = {}
+        for part, started in zip(self._batches, skeleton.start(self._split(self._rows), self._device), strict=True):
+            self._calls[part.start] = self._sharing(started.calls)
+        if self._beside:
+            self._beside = {
+                part.start: mapped(together.at(part), lambda tensor: tensor.clone().to(self._states.device))
+                for part in self._batches
+            }
+
     def write(self, part: slice, hidden: Tensor, beside: tuple[Carried, ...] = ()) -> None:
         """Put the block's output in the place of its input; beside: what the next block gets with it."""
+        if self._mark is not None:
+            self._mark.before_write(self._states, part)
         self._states[part] = hidden.to(self._states.device)
         self._beside[part.start] = mapped(beside, lambda tensor: tensor.detach().to(self._states.device))
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from awqkit.decisions import BlockDecision, FoldDecision, KeptDecision, LinearDecision
 from awqkit.methods.evidence import Evidence, Readers, propagated_evidence
-from awqkit.methods.linear import QuantizedLinear
+from awqkit.methods.linear import QuantizedLinear, RestoredLinear
 from awqkit.model.block_calls import hand_on
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.grid import QuantizedWeight
-from awqkit.numerics.statistics import Statistics
+from awqkit.numerics.statistics import Statistics, in_blocks
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext, Stream, Streams
 from awqkit.pipeline.expert_tokens import picked_inputs
@@ -48,6 +48,7 @@ from awqkit.pipeline.search_block import (
     metric_choices,
     readers_named,
     readers_of,
+    restored_plainly,
 )
 from awqkit.pipeline.sensitivity import measure_sensitivity
 from awqkit.pipeline.stopped_rows import StoppedRows
@@ -86,9 +87,12 @@ class Observed:
     token_weight: Tensor | None
     kept: KeptInputs | None
 
-    def measured_for(self, recipe: Recipe) -> Measured:
-        """What a recipe gets of it: the same, whoever else asked for more."""
-        return Measured(self.statistics, self.row_weights if _weighs_rows(recipe) else {})
+    def measured_for(self, recipe: Recipe, group_size: int) -> Measured:
+        """What a recipe with groups of that size gets of it: the same, whoever else asked for more."""
+        statistics = self.statistics
+        if not recipe.looks_across_groups:
+            statistics = {first: in_blocks(each, group_size) for first, each in statistics.items()}
+        return Measured(statistics, self.row_weights if _weighs_rows(recipe) else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,9 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
     elif any(_weighs_rows(recipe) for recipe in recipes):
         row_weights = context.ranks.everyones(measure_row_weights(context, streams.probe))[0]  # one for all
     token_weight = streams.token_weight(index)
-    statistics = observe(context, original, token_weight, kept)
+    alone_in_groups = len(recipes) == 1 and not recipes[0].looks_across_groups
+    group_size = context.plan.group_size if alone_in_groups else None
+    statistics = observe(context, original, token_weight, kept, group_size)
     if kept is not None:
         kept.agree_on_sources(context.ranks)
     return Observed(statistics, row_weights, token_weight, kept)
@@ -168,13 +174,14 @@ def quantize_observed(
     quantized_stream: the calibration rows' where the recipe propagates. It and both of `held_out` move on to the
     block's output.
     """
-    measured = observed.measured_for(context.recipe)
+    measured = observed.measured_for(context.recipe, context.plan.group_size)
     originals = OriginalEvidences(context, measured)
     with ExitStack() as stack:
         rows, evidence_of = None, _on_the_original(originals)
         if quantized_stream is not None:
             rows = stack.enter_context(closing(StoppedRows(context, quantized_stream)))
-            evidence_of = _on_both_streams(context, observed, measured, originals, rows, quantized_stream.own, held_out)
+            own = quantized_stream.own
+            evidence_of = _on_both_streams(context, observed, measured, originals, rows, own, held_out, stage)
         stage("search")
         choice = choose(context, proofs.exact, measured, originals, evidence_of)
         refused, fallback, errors = proofs.refused, None, None
@@ -192,7 +199,7 @@ def _better_held_out(
     context: BlockContext, held_out: Stream, choice: Choice, originals: Mapping[str, Evidence]
 ) -> tuple[Choice, list[FoldDecision], tuple[float, float], str | None]:
     """The choice, or plain rounding where that is better on held-out rows; then what was undone, errors, the reason."""
-    (plain, chosen), reached = check_held_out(context, held_out, (choose_plainly(context, {}), choice))
+    (plain, chosen), reached = check_held_out(context, held_out, (restored_plainly(context), choice.quantized))
     is_worse = chosen > plain
     if held_out.quantized is not None:
         held_out.quantized.take(reached[0 if is_worse else 1])
@@ -227,10 +234,12 @@ def _on_both_streams(
     rows: StoppedRows,
     own: OwnRows,
     held_out: Stream | None,
+    stage: Stage,
 ) -> EvidenceOf:
     """With propagation: the original's input as it was kept, and the one that the quantized stream reaches.
 
-    own: which rows these are. What all ranks must compute together is done at once, the rest when it is asked for.
+    own: which rows these are. What all ranks must compute together is done at once, the rest when it is asked for. The
+    way there is a stage of its own, "follow", amid the search.
     """
     assert observed.kept is not None
     kept, structure = observed.kept, context.structure
@@ -259,11 +268,14 @@ def _on_both_streams(
         if known is None or [id(each) for each in known[0]] != [id(each) for each in before]:
             whole = structure.input_of(source)
             readers = readers_named(context, whole.readers, measured)
-            found[source] = known = before, of_every_token(whole, quantized, readers)
+            found[source] = known = before, of_every_token(whole, quantized, readers, for_others=True)
         of_all = known[1]
         return lambda: replace(originals[entry.first], shift=of_all.shift, strength=of_all.strength)
 
-    def of_every_token(entry: LinearInput, quantized: Mapping[str, QuantizedLinear], readers: Readers) -> Evidence:
+    def of_every_token(
+        entry: LinearInput, quantized: Mapping[str, QuantizedLinear], readers: Readers, *, for_others: bool = False
+    ) -> Evidence:
+        stage("follow")
         pairs = ((part, kept.at(entry.first, part), inputs, mask) for part, inputs, mask in rows.at(entry, quantized))
         paired, checked = observe_pair(context, entry, pairs, own, observed.token_weight), None
         if context.recipe.propagation == AUTO and held_out is not None and held_out.quantized is not None:
@@ -273,16 +285,18 @@ def _on_both_streams(
                 (part, inputs, met, mask) for (part, inputs, mask), (_, met, _) in zip(original, reached, strict=True)
             )
             checked = observe_pair(context, entry, both, held_out.original.own)
-        return propagated_evidence(paired, checked, readers, choices)
+        stage("search")
+        return propagated_evidence(paired, checked, readers, choices, for_others=for_others)
 
     return evidence
 
 
 def check_held_out(
-    context: BlockContext, stream: Stream, choices: tuple[Choice, ...]
+    context: BlockContext, stream: Stream, choices: tuple[Mapping[str, QuantizedLinear | RestoredLinear], ...]
 ) -> tuple[tuple[float, ...], list[HiddenStates]]:
-    """For each choice ‖Y−Ŷ‖² / ‖Y−X‖² of the block's output on held-out rows; the original ones move on to Y.
+    """For each choice of what stands for linears: ‖Y−Ŷ‖² / ‖Y−X‖² of the block's output on held-out rows.
 
+    The original rows move on to Y.
     Ŷ is computed from what the block will really get: the quantized stream's rows where there are any; then it is the
     second result, for each choice.
     """
@@ -300,7 +314,7 @@ def check_held_out(
                     output, beside = hand_on(context.block, hidden, call)
                     contribution += float((output - hidden)[real].square().sum())
                     for position, choice in enumerate(choices):
-                        with weights_replaced(context, choice.quantized):
+                        with weights_replaced(context, choice):
                             found = hand_on(context.block, reached, own_call)
                         if outputs:
                             outputs[position].write(part, *found)

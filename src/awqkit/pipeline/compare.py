@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.events import BlockFinished, Caution, Emit, TaskAdvanced, TaskFinished, TaskStarted
+from awqkit.kernels.precision import full_precision, tensor_cores
 from awqkit.methods.tuning import TunableGain, TunableLinear
 from awqkit.model.block_calls import hand_on
 from awqkit.model.skeleton import Skeleton
@@ -128,23 +129,24 @@ def compare_recipes(
     """
     clock = StageClock()
     clock.enter(START)
-    course = _course(skeleton, contenders, rows, device, clock, emit)
-    emit(TaskStarted(_TASK, skeleton.num_blocks))
-    for index in range(skeleton.num_blocks):
-        started, before = time.monotonic(), sum(lane.num_fallbacks for lane in course.lanes)
-        clock.enter(OBSERVE)
-        block = skeleton.load_block(index, device)
-        try:
-            _one_block(course, block, index, lambda detail, index=index: emit(TaskAdvanced(_TASK, index, detail)))
-        finally:
-            skeleton.release_block(index)
-        undone = sum(lane.num_fallbacks for lane in course.lanes) - before
-        emit(BlockFinished(index, skeleton.num_blocks, time.monotonic() - started, None, None, undone))
-        emit(TaskAdvanced(_TASK, index + 1))
-    emit(TaskFinished(_TASK))
-    for lane in course.lanes:
-        if lane.tunes:
-            _tune(course, lane, emit)
+    with tensor_cores(device):
+        course = _course(skeleton, contenders, rows, device, clock, emit)
+        emit(TaskStarted(_TASK, skeleton.num_blocks))
+        for index in range(skeleton.num_blocks):
+            started, before = time.monotonic(), sum(lane.num_fallbacks for lane in course.lanes)
+            clock.enter(OBSERVE)
+            block = skeleton.load_block(index, device)
+            try:
+                _one_block(course, block, index, lambda detail, index=index: emit(TaskAdvanced(_TASK, index, detail)))
+            finally:
+                skeleton.release_block(index)
+            undone = sum(lane.num_fallbacks for lane in course.lanes) - before
+            emit(BlockFinished(index, skeleton.num_blocks, time.monotonic() - started, None, None, undone))
+            emit(TaskAdvanced(_TASK, index + 1))
+        emit(TaskFinished(_TASK))
+        for lane in course.lanes:
+            if lane.tunes:
+                _tune(course, lane, emit)
     clock.enter("")
     own = {lane.contender.label for lane in course.lanes}
     return Compared(
@@ -297,11 +299,12 @@ def _take(course: _Course, lane: _Lane, context: BlockContext, choice: Choice, r
         lane.blocks.append(tunable_block(context, result))
         return
     course.clock.enter(EVALUATE)
-    advance(context, lane.evaluation, choice.quantized)
+    with full_precision():
+        advance(context, lane.evaluation, choice.quantized)
 
 
 def _run_original(block: nn.Module, index: int, states: HiddenStates) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         for part, hidden, call, _ in states.batches(index):
             states.write(part, *hand_on(block, hidden, call))
 
@@ -322,7 +325,7 @@ def _tune(course: _Course, lane: _Lane, emit: Emit) -> None:
     )
     lane.num_fallbacks += decision.fallback is not None
     course.clock.enter(EVALUATE)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         for index, block in enumerate(_as_tuned(lane.blocks, moved)):
             for part, hidden, call, _ in lane.evaluation.batches(index):
                 lane.evaluation.write(part, *block(hidden, call))

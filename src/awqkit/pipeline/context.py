@@ -41,6 +41,18 @@ class Streams:
     gradients: EndGradients | None = None
     weights: Tensor | None = None
 
+    @property
+    def named(self) -> dict[str, HiddenStates]:
+        """All that moves from block to block."""
+        found = {"calibration": self.calibration.original, "probe": self.probe}
+        if self.calibration.quantized is not None:
+            found["calibration quantized"] = self.calibration.quantized
+        if self.held_out is not None:
+            found["held out"] = self.held_out.original
+            if self.held_out.quantized is not None:
+                found["held out quantized"] = self.held_out.quantized
+        return found
+
     def token_weight(self, block: int) -> Tensor | None:
         """`[rows, tokens]`, what an error at each calibration token costs in a block; None where all cost the same."""
         felt = None if self.gradients is None else self.gradients.token_weight(block)

@@ -30,13 +30,14 @@ _LARGEST_SHARE = 0.05  # of the time, for durable points; where they take long t
 class DurablePoints:
     """Those of one run, on the first rank. every: seconds from one to the next, at least; 0 has one after every block.
 
-    The others take part in `restore` and `after_block` by `follow_restore` and `follow_block`.
+    The others take part in `restore` and `make` by `follow_restore` and `follow_block`.
     """
 
     def __init__(self, state: RunState, writer: CheckpointWriter, every: float, ranks: Ranks | None = None) -> None:
         self._state, self._writer, self._every = state, writer, every
         self._ranks = ranks or Ranks.alone()
         self._since, self._due_after = time.monotonic(), every
+        self._batch_tokens = 0, 0
         self._results = [name for name in state.journal.get("files", ()) if name.startswith("block-")]
 
     @property
@@ -61,6 +62,22 @@ class DurablePoints:
         untuned = ask()
         self._state.note(untuned=untuned)
         return untuned
+
+    def batch_tokens(self, ask: Callable[[], int]) -> tuple[int, int]:
+        """How many tokens a batch holds, by an earlier run or else by `ask`, and how often it was halved since."""
+        tokens, halved = self._state.journal.get("batch_tokens") or (ask(), 0)
+        self.note_batch_tokens(tokens, halved)
+        return tokens, halved
+
+    def note_halved(self) -> None:
+        """Batches have become half as large."""
+        tokens, halved = self._batch_tokens
+        self.note_batch_tokens(tokens, halved + 1)
+
+    def note_batch_tokens(self, tokens: int, halved: int) -> None:
+        """Keep what `batch_tokens` tells, with the next durable point: the last bits depend on it."""
+        self._batch_tokens = tokens, halved
+        self._state.note(batch_tokens=[tokens, halved])
 
     def restore(self, streams: Streams) -> None:
         """Put the streams where the earlier run's were."""
@@ -100,20 +117,19 @@ class DurablePoints:
                 quantized[name] = QuantizedWeight(value, grid)
         return BlockResult(quantized, stored, self.decisions[block.index])
 
-    def after_block(
+    def is_due(self, num_blocks: int, done: int) -> bool:
+        """Whether it is time for one, after so many blocks."""
+        return time.monotonic() - self._since >= self._due_after and done < num_blocks
+
+    def make(
         self,
         num_blocks: int,
         decisions: Sequence[BlockDecision],
         streams: Streams | None,
         seconds: Mapping[str, float],
     ) -> None:
-        """Make one where it is time. decisions: of all blocks so far."""
+        """Make one, now that all blocks so far are written. decisions: theirs."""
         began = time.monotonic()
-        is_due = began - self._since >= self._due_after and len(decisions) < num_blocks
-        if streams is not None:
-            is_due = self._ranks.told(is_due)
-        if not is_due:
-            return
         states, forms, done = None, {}, len(decisions)
         if streams is not None:
             states, tensors = f"states-{done:05d}.safetensors", {}
@@ -147,7 +163,7 @@ def follow_restore(ranks: Ranks, streams: Streams) -> None:
 
 
 def follow_block(ranks: Ranks, streams: Streams) -> None:
-    """What the other ranks do where the first calls `after_block`."""
+    """What the other ranks do where the first asks whether a point is due, and makes it."""
     if ranks.told():
         gathered_streams(ranks, streams)
 
@@ -161,6 +177,18 @@ def durable_bytes(recipe: Recipe, plan: RunPlan, rows: TokenRows | None, held_ou
     states = 4 * width * tokens * (2 if recipe.propagates else 1)
     codes = sum(shape[0] * shape[1] for shape in (linear.shape for linear in plan.linears if linear.keep is None))
     return 2 * states + (codes if recipe.tuning_epochs > 0 else 0)
+
+
+def scratch_bytes(recipe: Recipe, plan: RunPlan, rows: TokenRows | None) -> int:
+    """How many bytes of temporary files `kept_states` makes at most, where they do not go to the device."""
+    if rows is None:
+        return 0
+    width, tokens = plan.probe.hidden[0, 0].numel(), rows.ids.numel()
+    gradients = (len(plan.blocks) + 1) * width if recipe.sensitivity != "none" else 0
+    channels = [
+        sum(each.num_channels for each in block.structure.inputs if each.expert is None) for block in plan.blocks
+    ]
+    return 2 * tokens * (gradients + (max(channels) if recipe.propagates else 0))
 
 
 def written_before(state: RunState) -> dict[str, int | None]:

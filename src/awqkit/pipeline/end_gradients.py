@@ -58,14 +58,16 @@ def measure_end_gradients(
     device: torch.device,
     seed: int,
     step: Callable[[int], None],
+    tokens_per_batch: int | None = None,
     own: OwnRows | None = None,
     ranks: Ranks | None = None,
 ) -> EndGradients:
     """The gradients of −log p(label) summed over all tokens.
 
-    step(block): called after each block of both passes. own: which of all rows these are, as in `HiddenStates`.
+    step(block): called after each block of both passes. tokens_per_batch: of a forward pass, None for as many as suit
+    the device. own: which of all rows these are, as in `HiddenStates`.
     """
-    tokens = usual_tokens_per_batch(device) // BATCH_DIVISOR
+    tokens = max(1, (tokens_per_batch or usual_tokens_per_batch(device)) // BATCH_DIVISOR)
     states = HiddenStates(skeleton, rows, device, tokens_per_batch=tokens, own=own)
     *inputs, last = kept_states([states.shape] * (skeleton.num_blocks + 1), device)
     beside = [KeptBeside(len(rows.ids), device) for _ in inputs]

@@ -10,6 +10,7 @@ from torch import Tensor
 from awqkit.decisions import ENOUGH_TOKENS
 from awqkit.model.matrices import Expert
 from awqkit.model.structure import BlockStructure, LinearInput, LinearView
+from awqkit.numerics.output_error import moment_diagonal
 from awqkit.numerics.statistics import Statistics, pooled, second_moment, shrunk
 
 
@@ -60,7 +61,7 @@ def with_few_tokens_shrunk(structure: BlockStructure, found: Mapping[str, Statis
             prior = together
             if not is_picked:
                 level = second_moment(own) if own.token_count else together
-                prior = level.diagonal().mean() * torch.eye(entry.num_channels, device=together.device)
+                prior = moment_diagonal(level).mean() * torch.eye(level.shape[-1], device=level.device).expand_as(level)
             result[entry.first] = shrunk(own, prior, ENOUGH_TOKENS * entry.num_channels)
     return result
 

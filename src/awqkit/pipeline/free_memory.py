@@ -1,7 +1,8 @@
-"""How much memory there is to spare."""
+"""How much memory there is to spare, and how much was used."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -17,3 +18,12 @@ def free_bytes(device: torch.device) -> float | None:
         return 1024.0 * int(fields["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         return None
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process had in memory so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -9,19 +9,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from awqkit.checkpoint.output import refuse_full_disk
 from awqkit.model.block_calls import Carried, leaves, mapped
 
+SCRATCH = "temporary files of the run (TMPDIR) need"
 _DEVICE_SHARE = 0.3  # of the free device memory
 
 
 def kept_states(
     shapes: Sequence[torch.Size], device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> list[Tensor]:
-    """One tensor per shape, without values yet; all of them in the same place."""
+    """One tensor per shape, without values yet; all of them in the same place. Raises OutputError for a full disk."""
     needed_bytes = dtype.itemsize * sum(shape.numel() for shape in shapes)
     if device.type == "cuda" and needed_bytes <= _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-    return [_on_disk(shape, Path(tempfile.gettempdir()), dtype) for shape in shapes]
+    folder = Path(tempfile.gettempdir())
+    refuse_full_disk(folder, needed_bytes, SCRATCH)  # else writing to the mapped file would end the process
+    return [_on_disk(shape, folder, dtype) for shape in shapes]
 
 
 def _on_disk(shape: torch.Size, folder: Path, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from awqkit.decisions import FoldDecision
 from awqkit.errors import CheckpointError
+from awqkit.kernels.precision import full_precision
 from awqkit.model.block_calls import Handed, hand_on
 from awqkit.model.observe import LinearWatch
-from awqkit.model.proof import PROOF_TOLERANCE, proof_errors, proved_together
+from awqkit.model.proof import PROOF_TOLERANCE, proof_errors
 from awqkit.model.routing import PickedRows, run_with_all_experts
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.statistics import (
@@ -24,6 +25,7 @@ from awqkit.numerics.statistics import (
     empty_statistics,
     finished,
     finished_paired,
+    whole_groups,
 )
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
@@ -59,38 +61,33 @@ def prove_folds(context: BlockContext, rows: HiddenStates) -> tuple[list[tuple[F
     """
     probe = _with_real_states(context, rows)
     run = probe.runner(context.block, context.index)
-    asked: list[list[Fold]] = []
+    asked: list[Fold] = []
     refused = [
         FoldDecision(refusal.label, "none", refusal.consumers, 0, None, fallback=refusal.reason)
         for refusal in context.structure.refusals
     ]
-    for group in proved_together(context.structure):
-        together = []
-        for fold in group:
-            consumers = [name for name in fold.consumers if not context.kept(name)]
-            if not consumers:
-                continue  # nothing that s could help
-            reason = fold.why_not_together(consumers)
-            if reason is None:
-                together.append(fold)
-            else:
-                refused.append(_refused(fold, None, reason))
-        if together:
-            asked.append(together)
+    for fold in context.structure.folds:
+        consumers = [name for name in fold.consumers if not context.kept(name)]
+        if not consumers:
+            continue  # nothing that s could help
+        reason = fold.why_not_together(consumers)
+        if reason is None:
+            asked.append(fold)
+        else:
+            refused.append(_refused(fold, None, reason))
 
-    def errors_of(folds: list[Fold]) -> list[float]:
-        with torch.no_grad():
-            return proof_errors(context.block, run, probe.hidden, context.structure, folds)
+    def errors() -> list[float]:
+        with torch.no_grad(), full_precision():
+            return proof_errors(context.block, run, probe.hidden, context.structure, asked) if asked else []
 
     proved = []
-    errors = context.ranks.spread([partial(errors_of, folds) for folds in asked], [len(folds) for folds in asked])
-    for folds, found in zip(asked, errors, strict=True):
-        for fold, error in zip(folds, found, strict=True):
-            if error <= PROOF_TOLERANCE:
-                proved.append((fold, error))
-            else:
-                reason = f"not exact in this block: its output changes by {error:.1e} under powers of two"
-                refused.append(_refused(fold, error, reason))
+    (found,) = context.ranks.spread([errors], [1.0])  # by one rank, so that all agree
+    for fold, error in zip(asked, found, strict=True):
+        if error <= PROOF_TOLERANCE:
+            proved.append((fold, error))
+        else:
+            reason = f"not exact in this block: its output changes by {error:.1e} under powers of two"
+            refused.append(_refused(fold, error, reason))
     return proved, refused
 
 
@@ -148,15 +145,20 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
 
 
 def observe(
-    context: BlockContext, rows: HiddenStates, token_weight: Tensor | None = None, kept: KeptInputs | None = None
+    context: BlockContext,
+    rows: HiddenStates,
+    token_weight: Tensor | None = None,
+    kept: KeptInputs | None = None,
+    group_size: int | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of every linear input, by its first reader; the rows move on to the block's output.
 
     token_weight: `[rows, tokens]`, see `numerics.statistics`. kept: filled with the inputs themselves, if given, but
-    for those of experts. An expert whose tokens cannot be told from one another counts padding as well.
+    for those of experts. group_size: for no more of each gram than its blocks of that size, where they tile it. An
+    expert whose tokens cannot be told from one another counts padding as well.
     """
     structure = context.structure
-    observer = _Observer(context, kept)
+    observer = _Observer(context, kept, group_size)
     experts = {entry.first for entry in structure.inputs if entry.expert is not None}
     in_turn = experts if context.recipe.all_experts else set()
 
@@ -180,17 +182,24 @@ def observe(
 class _Observer:
     """Statistics as they grow, by first reader."""
 
-    def __init__(self, context: BlockContext, kept: KeptInputs | None) -> None:
+    def __init__(self, context: BlockContext, kept: KeptInputs | None, group_size: int | None) -> None:
         entries = context.structure.inputs
         self.found: dict[str, Statistics] = {}
-        self._channels, self._device = {entry.first: entry.num_channels for entry in entries}, context.device
+        self._channels, self._device, self._group_size = (
+            {entry.first: entry.num_channels for entry in entries},
+            context.device,
+            group_size,
+        )
         self._kept = kept
         self._by_weight = {context.structure.linear(entry.first).weight: entry for entry in entries}
         self._watched = {name: context.weight(entry.first) for name, entry in self._by_weight.items()}
 
     def begin(self) -> None:
         """Begin with no tokens."""
-        self.found = {first: empty_statistics(count, self._device) for first, count in self._channels.items()}
+        self.found = {
+            first: empty_statistics(count, self._device, whole_groups(count, self._group_size))
+            for first, count in self._channels.items()
+        }
 
     def see(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from awqkit.methods.linear import QuantizedLinear
+from awqkit.methods.linear import QuantizedLinear, RestoredLinear
 from awqkit.model.block_calls import hand_on
 from awqkit.model.observe import LinearWatch
 from awqkit.numerics.activations import round_tokens
@@ -17,7 +17,7 @@ from awqkit.pipeline.context import BlockContext
 
 def weights_replaced(
     context: BlockContext,
-    quantized: Mapping[str, QuantizedLinear],
+    quantized: Mapping[str, QuantizedLinear | RestoredLinear],
     before: Callable[[str, Tensor], None] = lambda name, inputs: None,
 ) -> LinearWatch:
     """Inside, the linears named compute with what their codes mean; for W8A8 their inputs are rounded, too.

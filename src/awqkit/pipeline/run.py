@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,12 +28,17 @@ from awqkit.model.matrices import with_stacks_whole
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.background_writes import BackgroundWrites
+from awqkit.pipeline.block_memory import block_memory, fitting_tokens
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
 from awqkit.pipeline.context import BlockContext, Streams
 from awqkit.pipeline.durable_points import DurablePoints, follow_block, follow_restore
+from awqkit.pipeline.free_memory import free_bytes
 from awqkit.pipeline.layout import OutputLayout, packed_parts
 from awqkit.pipeline.plan import BlockPlan, RunPlan
 from awqkit.pipeline.ranks import Ranks
+from awqkit.pipeline.read_ahead import ReadAhead
+from awqkit.pipeline.smaller_batches import begin_block, halve, no_room, run_again
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
 from awqkit.pipeline.tunable_block import TunableBlock
@@ -92,8 +97,10 @@ def run(
         if name not in in_blocks and not writer.has(name):
             _copy(job, name, writer, is_buffer=name in buffers)
     clock.enter("start")
-    streams = None if rows is None else _streams(job, rows, held_out, emit)
-    ranks = job.ranks
+    streams, ranks = None, job.ranks
+    if rows is not None:
+        batch = ranks.told(points.batch_tokens(lambda: _fitting_tokens(job)))
+        streams = _streams(job, rows, held_out, batch, points, emit)
     start, tuning = None, None
     if rows is not None and job.recipe.tuning_epochs > 0:
         no_room = points.why_not_tuned(lambda: why_not_tuned(job.recipe, job.plan, job.device))
@@ -116,23 +123,31 @@ def run(
             _finished_block(job, index, points) if start is not None else None for index in range(points.blocks)
         ]
         emit(TaskAdvanced(_TASK, points.blocks))
-    for index in range(points.blocks, num_blocks):
-        started = time.monotonic()
+    tunes = start is not None
+    with ReadAhead(job.source, job.skeleton, job.device) as ahead, BackgroundWrites() as writes:
+        for index in range(points.blocks, num_blocks):
+            started = time.monotonic()
 
-        def stage(name: str, index: int = index) -> None:
-            clock.enter(name)
-            emit(TaskAdvanced(_TASK, index, name))
+            def stage(name: str, index: int = index) -> None:
+                clock.enter(name)
+                emit(TaskAdvanced(_TASK, index, name))
 
-        result, block = _one_block(job, index, streams, stage, writer, tunes=start is not None)
-        decisions.append(result.decision)
-        tunable.append(block)
-        clock.enter("save")
-        if block is not None:
-            points.keep_result(index, result)
-        points.after_block(num_blocks, decisions, streams, clock.seconds)
+            result, block = _one_block(job, index, streams, stage, writer, ahead, writes, points, emit, tunes=tunes)
+            decisions.append(result.decision)
+            tunable.append(block)
+            clock.enter("save")
+            if block is not None:
+                points.keep_result(index, result)
+            due = points.is_due(num_blocks, len(decisions))
+            if ranks.told(due) if streams is not None else due:
+                writes.wait()
+                points.make(num_blocks, decisions, streams, clock.seconds)
+            clock.enter("")
+            emit(_finished(result.decision, num_blocks, time.monotonic() - started))
+            emit(TaskAdvanced(_TASK, index + 1))
+        clock.enter("write")
+        writes.wait()
         clock.enter("")
-        emit(_finished(result.decision, num_blocks, time.monotonic() - started))
-        emit(TaskAdvanced(_TASK, index + 1))
     emit(TaskFinished(_TASK))
     if start is not None and streams is not None:
         clock.enter("tune")
@@ -150,14 +165,14 @@ def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None
     """What every rank but the first does in a run: its share of each block. It writes nothing."""
     if rows is None:
         return
-    ranks, streams = job.ranks, _streams(job, rows, held_out, ignore_events)
+    ranks, streams = job.ranks, _streams(job, rows, held_out, job.ranks.told(), None, ignore_events)
     done, tunes = ranks.told((0, False))  # what the first rank says of both
     if done:
         follow_restore(ranks, streams)
     for index in range(done, len(job.plan.blocks)):
         block = job.skeleton.load_block(index, job.device)
         try:
-            quantize_block(_context(job, index, block), streams, lambda stage: None)
+            quantize_block(block_context(job, index, block), streams, lambda stage: None)
         finally:
             job.skeleton.release_block(index)
         follow_block(ranks, streams)
@@ -165,9 +180,26 @@ def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None
         streams_to_tune(ranks, streams)
 
 
-def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) -> Streams:
-    """Hidden states before the first block; for end-loss gradients the whole model runs forward and back before it."""
+def _fitting_tokens(job: Run) -> int:
+    memory = block_memory(job.skeleton, job.plan, job.recipe)
+    return fitting_tokens(memory, job.device, free_bytes(job.device))
+
+
+def _streams(
+    job: Run,
+    rows: TokenRows,
+    held_out: TokenRows | None,
+    batch: tuple[int, int],
+    points: DurablePoints | None,
+    emit: Emit,
+) -> Streams:
+    """Hidden states before the first block; for end-loss gradients the whole model runs forward and back before it.
+
+    batch: as `DurablePoints.batch_tokens` gives it. points: None on ranks that only follow.
+    """
     steps, done = 2 * len(job.plan.blocks) - 1, 0  # there, and back to the second block
+    memory, length = block_memory(job.skeleton, job.plan, job.recipe), rows.ids.shape[1]
+    tokens, halved = batch
 
     def step(index: int) -> None:
         nonlocal done
@@ -176,9 +208,31 @@ def _streams(job: Run, rows: TokenRows, held_out: TokenRows | None, emit: Emit) 
 
     if job.recipe.sensitivity != "none":
         emit(TaskStarted(_GRADIENT_TASK, steps))
-    streams = start_streams(job.skeleton, job.recipe, rows, held_out, job.device, step, ranks=job.ranks)
+
+    def begin() -> Streams:
+        nonlocal done
+        done = 0
+        return start_streams(
+            job.skeleton, job.recipe, rows, held_out, job.device, step, tokens_per_batch=tokens, ranks=job.ranks
+        )
+
+    def smaller() -> int:
+        nonlocal tokens
+        assert points is not None
+        if tokens <= length:
+            raise no_room("the model", memory, length, job.device)
+        tokens //= 2
+        points.note_batch_tokens(tokens, halved)
+        return max(tokens, length)
+
+    if points is None or job.ranks.size > 1:
+        streams = begin()
+    else:
+        streams = run_again(begin, smaller, "hidden states before the first block", job.device, emit)
     if job.recipe.sensitivity != "none":
         emit(TaskFinished(_GRADIENT_TASK))
+    for _ in range(halved):
+        halve(streams, job.skeleton)
     return streams
 
 
@@ -186,43 +240,75 @@ def _finished_block(job: Run, index: int, points: DurablePoints) -> TunableBlock
     """A block that an earlier run has finished, as tuning needs it."""
     block = job.skeleton.load_block(index, job.device)
     try:
-        context = _context(job, index, block)
+        context = block_context(job, index, block)
         return tunable_block(context, points.result(context.block_plan, job.device))
     finally:
         job.skeleton.release_block(index)
 
 
-def _context(job: Run, index: int, block: nn.Module) -> BlockContext:
+def block_context(job: Run, index: int, block: nn.Module) -> BlockContext:
+    """What the steps of a block share, its weights being in memory."""
     parameters = {name: value.data for name, value in block.named_parameters()}
     return BlockContext(job.skeleton, job.plan, job.plan.blocks[index], job.recipe, block, parameters, job.ranks)
 
 
 def _one_block(
-    job: Run, index: int, streams: Streams | None, stage: Stage, writer: CheckpointWriter, *, tunes: bool
+    job: Run,
+    index: int,
+    streams: Streams | None,
+    stage: Stage,
+    writer: CheckpointWriter,
+    ahead: ReadAhead,
+    writes: BackgroundWrites,
+    points: DurablePoints,
+    emit: Emit,
+    *,
+    tunes: bool,
 ) -> tuple[BlockResult, TunableBlock | None]:
-    stage("read")
-    block = job.skeleton.load_block(index, job.device)
+    def quantized() -> tuple[BlockContext, BlockResult]:
+        stage("read")
+        if streams is not None and job.ranks.size == 1:  # several ranks cannot begin again one by one
+            begin_block(streams, job.device)
+        context = block_context(job, index, job.skeleton.load_block(index, job.device, ahead.read))
+        ahead.ask(index + 1)
+        return context, quantize_block(context, streams, stage)
+
+    def smaller() -> int | None:
+        job.skeleton.release_block(index)
+        if streams is None:
+            return None
+        memory, rows = block_memory(job.skeleton, job.plan, job.recipe), streams.calibration.original
+        if not halve(streams, job.skeleton):
+            raise no_room(job.plan.blocks[index].path, memory, rows.shape[1], job.device)
+        points.note_halved()
+        return rows.tokens_per_batch
+
     try:
-        context = _context(job, index, block)
-        result = quantize_block(context, streams, stage)
+        if job.ranks.size > 1:
+            context, result = quantized()
+        else:
+            context, result = run_again(quantized, smaller, job.plan.blocks[index].path, job.device, emit)
         stage("write")
-        _write(job, context, result, writer)
+        buffers = [name for name, _ in context.block.named_buffers()]
+        writes.start(lambda: _write(job, context, buffers, result, writer))
         return result, tunable_block(context, result) if tunes else None
     finally:
         job.skeleton.release_block(index)
 
 
-def _write(job: Run, context: BlockContext, result: BlockResult, writer: CheckpointWriter) -> None:
+def _write(
+    job: Run, context: BlockContext, buffers: Sequence[str], result: BlockResult, writer: CheckpointWriter
+) -> None:
     """Pack the quantized linears of a block and write its other tensors in the dtype that the layout says."""
     path = context.block_plan.path
-    for part, tensor in _packed(job, context.block_plan, result.quantized):
+    for part, tensor in packed_tensors(job, context.block_plan, result.quantized):
         writer.write(part, tensor)
     stored = {
         disk: value
         for name, changed in with_stacks_whole(context.parameters, result.stored).items()
         for disk, value in job.skeleton.parts(f"{path}.{name}", changed).items()
     }
-    for name in [*context.parameters, *(name for name, _ in context.block.named_buffers())]:
+    for name in [*context.parameters, *buffers]:
         for disk in job.skeleton.disk_names(f"{path}.{name}"):
             if disk in job.layout.packed or disk in job.layout.dropped:
                 continue
@@ -232,7 +318,9 @@ def _write(job: Run, context: BlockContext, result: BlockResult, writer: Checkpo
                 _copy(job, disk, writer, is_buffer=name not in context.parameters)
 
 
-def _packed(job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight]) -> Iterator[tuple[str, torch.Tensor]]:
+def packed_tensors(
+    job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Name on disk and tensor of all that linears, by name inside the block, are packed into."""
     for name, weight in quantized.items():
         for disk, rows in packed_parts(job.skeleton, block, name).items():
@@ -252,7 +340,7 @@ def _rewrite(
 ) -> None:
     """Put what tuning moved in the place of what was written: linears by name, gains by parameter, in the block."""
     block = job.plan.blocks[index]
-    for part, tensor in _packed(job, block, linears):
+    for part, tensor in packed_tensors(job, block, linears):
         writer.rewrite(part, tensor)
     for name, value in gains.items():
         disk = job.skeleton.disk_name(f"{block.path}.{name}")

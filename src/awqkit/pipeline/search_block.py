@@ -23,7 +23,15 @@ from awqkit.methods.fold import (
     smoothing_errors,
     storage_cost,
 )
-from awqkit.methods.linear import QuantizedLinear, Rounded, ScaledWeight, quantize_linear, round_rows_alike
+from awqkit.methods.linear import (
+    QuantizedLinear,
+    RestoredLinear,
+    Rounded,
+    ScaledWeight,
+    plain_weight,
+    quantize_linear,
+    round_rows_alike,
+)
 from awqkit.methods.rows import joined_rows, sensitive_rounder
 from awqkit.model.producers import StoredProducer, store_producer
 from awqkit.model.structure import Fold, LinearInput
@@ -102,6 +110,16 @@ def choose_plainly(context: BlockContext, evidence: Mapping[str, Evidence]) -> C
         if plan.keep is None
     }
     return Choice(scaled, quantized, ())
+
+
+def restored_plainly(context: BlockContext) -> dict[str, RestoredLinear]:
+    """What plain rounding makes of every quantized linear, without codes or a Decision."""
+    found = {}
+    for name, plan in context.block_plan.linears.items():
+        if plan.keep is None:
+            scaled = ScaledWeight.unscaled(context.weight(name))
+            found[name] = RestoredLinear(scaled.channel_scale, plain_weight(scaled, plan))
+    return found
 
 
 class OriginalEvidences(Mapping[str, Evidence]):

@@ -26,19 +26,21 @@ def start_streams(
     device: torch.device,
     step: Callable[[int], None],
     num_streams: int = 1,
+    tokens_per_batch: int | None = None,
     ranks: Ranks | None = None,
 ) -> Streams:
     """All streams that the recipe needs. step(block): called after each block of the pass for end-loss gradients.
 
-    rows, held_out: all of them, of which each rank takes its own. num_streams: see `HiddenStates`.
+    rows, held_out: all of them, of which each rank takes its own. num_streams: see `HiddenStates`. tokens_per_batch:
+    None for as many as suit the device.
     """
+    usual = tokens_per_batch or usual_tokens_per_batch(device)
     ranks = ranks or Ranks.alone(device)
     own = own_rows(len(rows.ids), ranks)
     mine = rows.rows(own.rows)
 
     def stream(part: TokenRows, batch_divisor: int = 1) -> Stream:
-        tokens = usual_tokens_per_batch(device) // batch_divisor
-        of_part = own_rows(len(part.ids), ranks)
+        tokens, of_part = max(1, usual // batch_divisor), own_rows(len(part.ids), ranks)
         original = HiddenStates(
             skeleton, part.rows(of_part.rows), device, tokens_per_batch=tokens, num_streams=num_streams, own=of_part
         )
@@ -46,10 +48,10 @@ def start_streams(
 
     gradients = None
     if recipe.sensitivity != "none":
-        gradients = measure_end_gradients(skeleton, mine, device, recipe.seed, step, own, ranks)
+        gradients = measure_end_gradients(skeleton, mine, device, recipe.seed, step, usual, own, ranks)
     return Streams(
         calibration=stream(rows, BATCH_DIVISOR if gradients is not None else 1),
-        probe=HiddenStates(skeleton, rows.rows(slice(0, _PROBE_ROWS)), device),
+        probe=HiddenStates(skeleton, rows.rows(slice(0, _PROBE_ROWS)), device, tokens_per_batch=usual),
         held_out=None if held_out is None else stream(held_out, _CHECK_BATCH_DIVISOR),
         gradients=gradients,
         weights=mine.weights,

@@ -20,23 +20,11 @@ Whole = tuple[Tensor, Sequence[tuple[int, tuple[Carried, ...]]]]
 _PROBE = "probe"  # the same rows on every rank
 
 
-def named_streams(streams: Streams) -> dict[str, HiddenStates]:
-    """All that moves from block to block."""
-    found = {"calibration": streams.calibration.original, _PROBE: streams.probe}
-    if streams.calibration.quantized is not None:
-        found["calibration quantized"] = streams.calibration.quantized
-    if streams.held_out is not None:
-        found["held out"] = streams.held_out.original
-        if streams.held_out.quantized is not None:
-            found["held out quantized"] = streams.held_out.quantized
-    return found
-
-
 def gathered_streams(
     ranks: Ranks, streams: Streams, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict[str, Whole] | None:
     """On the first rank all rows of the streams that are wanted, by name; None on the others."""
-    own: dict[str, Whole] = {name: states.held() for name, states in named_streams(streams).items() if wanted(name)}
+    own: dict[str, Whole] = {name: states.held() for name, states in streams.named.items() if wanted(name)}
     if ranks.size == 1:
         return own
     of_ranks = ranks.gathered({name: held for name, held in own.items() if ranks.is_first or name != _PROBE})
@@ -62,7 +50,7 @@ def put_streams(ranks: Ranks, streams: Streams, saved: Mapping[str, Whole] | Non
         return found
 
     found = ranks.handed_out(None if saved is None else of_rank)
-    for name, states in named_streams(streams).items():
+    for name, states in streams.named.items():
         states.put(*found[name])
 
 

@@ -1,0 +1,174 @@
+"""Triton bodies of `int4_chunks`: one row, few rows, and the weight itself.
+
+Imported only where a GPU and Triton are there. Codes become float32 without a conversion instruction (few a clock): a
+code put below the exponent of 2²³⁻ˢ, s its lowest bit, is that power plus the code, exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Output features of a program and warps, by words of a chunk. Fewer scales and inputs at a time than lanes: else Triton
+# takes them through shared memory
+_ONE_ROW_TILES = {16: (16, 8), 8: (8, 8), 4: (8, 16), 2: (4, 16)}
+_FEW_ROWS_TILE = (64, 4)
+_DEQUANTIZE_TILE = (64, 4)
+_LEAST_ROWS = 16  # of a product of tl.dot
+_WORDS_A_WARP = 128  # of one output feature at a time: four a lane, 512 bytes in a piece
+_PROGRAMS = 512  # enough to keep every multiprocessor of a large GPU reading
+# An argument of the kernels: in a register once, where a constant is moved there for every code
+_MASK = 15
+
+
+@triton.jit
+def _step(words, zero, mask, place: tl.constexpr):
+    """q − z of the codes at bits 4 · place of int32 words, float32; exact, though zero is added to the power first."""
+    at: tl.constexpr = place if place < 5 else place - 5
+    moved = words if place < 5 else words >> 20
+    bits = (moved & (mask << (4 * at))) | ((150 - 4 * at) << 23)
+    return bits.to(tl.float32, bitcast=True) - (zero + float(1 << (23 - 4 * at)))
+
+
+@triton.jit
+def _one_row_kernel(
+    x, words, scale, zero, out,
+    num_out, num_chunks, num_groups, mask,
+    TURNS: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    # A warp has whole features, a lane the same channels of several of them, so that x is read once. That follows from
+    # loading words in two dimensions; the third tells chunks apart. What lies outside counts with Δ = 0
+    features = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    feature = tl.minimum(features, num_out - 1)
+    column = tl.arange(0, SPLIT * WORDS)[None, :]
+    row = words + feature[:, None] * num_chunks * WORDS
+    feature = feature[:, None, None]
+    part, word = tl.arange(0, SPLIT)[None, :, None], tl.arange(0, WORDS)[None, None, :]
+    total = tl.zeros((OUT, SPLIT, WORDS), dtype=tl.float32)
+    ahead = tl.load(row + column, mask=column < num_chunks * WORDS, other=0, eviction_policy="evict_first")
+    for turn in range(TURNS):
+        first = turn * SPLIT
+        now, here = tl.reshape(ahead, (OUT, SPLIT, WORDS)), tl.minimum(first + part, num_chunks - 1)
+        later = (first + SPLIT) * WORDS + column
+        ahead = tl.load(row + later, mask=later < num_chunks * WORDS, other=0, eviction_policy="evict_first")
+        group_at = feature * num_groups + here // CHUNKS_A_GROUP
+        step = tl.where(first + part < num_chunks, tl.load(scale + group_at).to(tl.float32), 0.0)
+        shift = tl.load(zero + group_at).to(tl.float32)
+        product = tl.zeros((OUT, SPLIT, WORDS), dtype=tl.float32)
+        for place in tl.static_range(8):
+            inputs = tl.load(x + here * (8 * WORDS) + place * WORDS + word).to(tl.float32)
+            product += _step(now, shift, mask, place) * inputs
+        total += product * step
+    result = tl.sum(tl.sum(total, axis=2), axis=1)
+    tl.store(out + features, result.to(out.dtype.element_ty), mask=features < num_out)
+
+
+@triton.jit
+def _few_rows_kernel(
+    x, words, scale, zero, partial,
+    num_rows, num_out, num_chunks, num_groups, mask,
+    TURNS: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows, features = tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT)
+    word, column = tl.arange(0, WORDS), tl.arange(0, 8 * WORDS)
+    real_rows, feature = rows < num_rows, tl.minimum(features, num_out - 1)
+    total = tl.zeros((ROWS, OUT), dtype=tl.float32)
+    for turn in range(TURNS):
+        wanted = tl.program_id(1) * TURNS + turn
+        chunk = tl.minimum(wanted, num_chunks - 1)  # what lies outside counts with Δ = 0
+        now = tl.load(
+            words + (feature[:, None] * num_chunks + chunk) * WORDS + word[None, :], eviction_policy="evict_first"
+        )
+        group_at = feature * num_groups + chunk // CHUNKS_A_GROUP
+        step = tl.where(wanted < num_chunks, tl.load(scale + group_at).to(tl.float32), 0.0)
+        shift = tl.load(zero + group_at).to(tl.float32)[:, None]
+        x_at = (rows[:, None] * num_chunks + chunk) * (8 * WORDS) + column[None, :]
+        inputs = tl.load(x + x_at, mask=real_rows[:, None], other=0.0)
+        # whole numbers of at most 15 are exact in every dtype; joined they are [OUT, WORDS, place in three bits]
+        kind = x.dtype.element_ty
+        evens = tl.join(
+            tl.join(_step(now, shift, mask, 0).to(kind), _step(now, shift, mask, 4).to(kind)),
+            tl.join(_step(now, shift, mask, 2).to(kind), _step(now, shift, mask, 6).to(kind)),
+        )
+        odds = tl.join(
+            tl.join(_step(now, shift, mask, 1).to(kind), _step(now, shift, mask, 5).to(kind)),
+            tl.join(_step(now, shift, mask, 3).to(kind), _step(now, shift, mask, 7).to(kind)),
+        )
+        steps = tl.permute(tl.join(evens, odds), (2, 3, 4, 1, 0))
+        total += tl.dot(inputs, tl.reshape(steps, (8 * WORDS, OUT))) * step[None, :]
+    at = (tl.program_id(1) * num_rows + rows[:, None]) * num_out + features[None, :]
+    real = real_rows[:, None] & (features < num_out)[None, :]
+    tl.store(partial + at, total.to(partial.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _sum_kernel(partial, out, count, PARTIALS: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    total = tl.zeros((SIZE,), dtype=tl.float32)
+    for each in range(PARTIALS):
+        total += tl.load(partial + each * count + at, mask=at < count, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
+
+
+@triton.jit
+def _dequantize_kernel(
+    words, scale, zero, out,
+    num_out, num_chunks, num_groups, mask,
+    CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    feature = tl.program_id(0) * OUT + tl.arange(0, OUT)[:, None]
+    word, chunk, real = tl.arange(0, WORDS)[None, :], tl.program_id(1), feature < num_out
+    now = tl.load(words + (feature * num_chunks + chunk) * WORDS + word, mask=real, other=0)
+    group_at = feature * num_groups + chunk // CHUNKS_A_GROUP
+    step = tl.load(scale + group_at, mask=real, other=0.0).to(tl.float32)
+    shift = tl.load(zero + group_at, mask=real, other=0).to(tl.float32)
+    at = (feature.to(tl.int64) * num_chunks + chunk) * (8 * WORDS) + word
+    for place in tl.static_range(8):
+        value = _step(now, shift, mask, place) * step
+        tl.store(out + at + place * WORDS, value.to(out.dtype.element_ty), mask=real)
+
+
+def one_row(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+    """x `[1, in]` -> `[1, out]`; the rest as in `int4_chunks.PackedChunks`. tile: output features and warps."""
+    (out_features, chunks, num_words), groups = words.shape, scale.shape[1]
+    width, warps = tile or _ONE_ROW_TILES[num_words]
+    out, split = x.new_empty(1, out_features), _WORDS_A_WARP // num_words
+    _one_row_kernel[(triton.cdiv(out_features, width),)](
+        x, words, scale, zero, out, out_features, chunks, groups, _MASK, TURNS=triton.cdiv(chunks, split),
+        CHUNKS_A_GROUP=chunks // groups, WORDS=num_words, SPLIT=split, OUT=width, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def few_rows(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor,
+    tile: tuple[int, int] | None = None, programs: int = _PROGRAMS,
+) -> Tensor:  # fmt: skip
+    """x `[rows, in]` contiguous -> `[rows, out]`, rows at most 64; programs: how many to split the chunks for."""
+    (out_features, chunks, num_words), groups, (width, warps) = words.shape, scale.shape[1], tile or _FEW_ROWS_TILE
+    rows, across = len(x), triton.cdiv(out_features, width)
+    each = triton.cdiv(chunks, max(1, min(chunks, programs // across)))
+    parts = triton.cdiv(chunks, each)
+    out = x.new_empty(rows, out_features)
+    partial = out if parts == 1 else x.new_empty(parts, rows, out_features, dtype=torch.float32)
+    _few_rows_kernel[(across, parts)](
+        x, words, scale, zero, partial, rows, out_features, chunks, groups, _MASK, TURNS=each,
+        CHUNKS_A_GROUP=chunks // groups, WORDS=num_words, OUT=width,
+        ROWS=max(_LEAST_ROWS, triton.next_power_of_2(rows)), num_warps=warps,
+    )  # fmt: skip
+    if parts > 1:
+        _sum_kernel[(triton.cdiv(out.numel(), 512),)](partial, out, out.numel(), PARTIALS=parts, SIZE=512, num_warps=4)
+    return out
+
+
+def dequantize(words: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """(q − z) · Δ in float32, rounded to `dtype`, `[out, in]`."""
+    (out_features, chunks, num_words), groups, (width, warps) = words.shape, scale.shape[1], _DEQUANTIZE_TILE
+    out = torch.empty(out_features, chunks * 8 * num_words, dtype=dtype, device=words.device)
+    _dequantize_kernel[(triton.cdiv(out_features, width), chunks)](
+        words, scale, zero, out, out_features, chunks, groups, _MASK,
+        CHUNKS_A_GROUP=chunks // groups, WORDS=num_words, OUT=width, num_warps=warps,
+    )  # fmt: skip
+    return out

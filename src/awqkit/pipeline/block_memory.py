@@ -1,0 +1,102 @@
+"""What the largest block of a run needs of memory, and how many tokens a batch may hold beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from awqkit.model.skeleton import Skeleton
+from awqkit.model.structure import BlockStructure, LinearInput
+from awqkit.numerics.statistics import whole_groups
+from awqkit.pipeline.activations import usual_tokens_per_batch
+from awqkit.pipeline.plan import RunPlan
+from awqkit.recipe import Recipe
+
+_SHARE = 0.5  # of the free memory, for a block with a batch; the rest is for what is kept of all rows
+_BATCH_BYTES = 2.6e9  # beyond it a GPU computes no faster: 8192 tokens of a block with hidden states of 4096
+_METRIC_COPIES = 4  # of the widest H: damped, inverse, factor, and one on the way
+_WEIGHT_COPIES = 6  # of the largest weight: scaled, codes, restored, and what a search holds of each
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMemory:
+    """Bytes on the device. weights: float32. statistics: H and G of all linears. search: at the largest linear.
+
+    token: for each token of a batch, all inputs and outputs of linears and a few hidden states.
+    """
+
+    weights: int
+    statistics: int
+    search: int
+    token: int
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the batch."""
+        return self.weights + self.statistics + self.search
+
+    def least(self, tokens: int) -> int:
+        """What is needed in any case, with one row of so many tokens."""
+        return self.weights + self.statistics + tokens * self.token
+
+    def with_tokens(self, tokens: int) -> int:
+        """The peak with batches of so many tokens."""
+        return self.fixed + tokens * self.token
+
+
+def block_weights(skeleton: Skeleton) -> int:
+    """Bytes of the largest block's parameters in float32."""
+    return 4 * max(skeleton.block_elements(index) for index in range(skeleton.num_blocks))
+
+
+def block_memory(skeleton: Skeleton, plan: RunPlan, recipe: Recipe) -> BlockMemory:
+    """Of the largest block, by its fixed part."""
+    kinds = {skeleton.block_kind(block.index): block.index for block in plan.blocks}
+    width = plan.probe.hidden[0, 0].numel()
+    return max(
+        (
+            _of_block(4 * skeleton.block_elements(index), plan.blocks[index].structure, recipe, width, plan.group_size)
+            for index in kinds.values()
+        ),
+        key=lambda found: found.fixed,
+    )
+
+
+def _of_block(weights: int, structure: BlockStructure, recipe: Recipe, width: int, group_size: int) -> BlockMemory:
+    channels = [entry.num_channels for entry in structure.inputs]
+    blocks = None if recipe.looks_across_groups else group_size
+    squares = [count * (whole_groups(count, blocks) or count) for count in channels]
+    outputs = [view.shape[0] ** 2 for view in structure.linears] if recipe.sensitivity != "none" else []
+    widest = max(squares) * (_METRIC_COPIES if recipe.rounding == "gptq" else 1)
+    largest = max(rows * columns for rows, columns in (view.shape for view in structure.linears))
+    if not recipe.needs_calibration:
+        return BlockMemory(weights, 0, 4 * _WEIGHT_COPIES * largest, 0)
+    statistics, search = 4 * (sum(squares) + sum(outputs)), 4 * (widest + _WEIGHT_COPIES * largest)
+    met = _met_by_every_token(structure)
+    read = sum(entry.num_channels for entry in met.values())
+    written = sum(structure.linear(name).shape[0] for entry in met.values() for name in entry.readers)
+    return BlockMemory(weights, statistics, search, 4 * (3 * width + read + written))
+
+
+def _met_by_every_token(structure: BlockStructure) -> Mapping[object, LinearInput]:
+    """The inputs, of like experts one: they run one after the other."""
+    return {
+        entry.first if entry.expert is None else (entry.expert.experts, entry.expert.part): entry
+        for entry in structure.inputs
+    }
+
+
+def fitting_tokens(memory: BlockMemory, device: torch.device, free: float | None) -> int:
+    """How many tokens a batch holds: as many as suit the device, or a power of two where memory is short.
+
+    free: bytes of the device that are not in use, None where nobody knows.
+    """
+    usual = usual_tokens_per_batch(device)
+    if memory.token == 0:
+        return usual
+    wanted = min(usual, _BATCH_BYTES / memory.token) if device.type == "cuda" else float(usual)
+    room = wanted if free is None else (_SHARE * free - memory.fixed) / memory.token
+    tokens = max(1, int(min(wanted, room)))
+    return usual if tokens >= usual else 1 << tokens.bit_length() - 1
