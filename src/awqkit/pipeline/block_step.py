@@ -147,7 +147,7 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
         row_weights = measure_sensitivity(context, original, gradients.at(index), felt)
         advance(context, streams.probe, {})
     elif any(_weighs_rows(recipe) for recipe in recipes):
-        row_weights = measure_row_weights(context, streams.probe)
+        row_weights = context.ranks.everyones(measure_row_weights(context, streams.probe))[0]  # one for all
     token_weight = streams.token_weight(index)
     alone_in_groups = len(recipes) == 1 and not recipes[0].looks_across_groups
     group_size = context.plan.group_size if alone_in_groups else None

@@ -13,6 +13,7 @@ import pickle
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ T = TypeVar("T")
 _HOST = torch.device("cpu")
 _TREE_PARTS = 4  # parts of the rows wherever 1, 2 or 4 ranks are to add up the same bits
 _NO_ANSWER = timedelta(minutes=30)  # from a rank that has not ended; one that has is noticed at once
-_LOOK_AGAIN = timedelta(seconds=1)
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.2  # seconds between two looks at what the first rank has told
 _FIRST_ENDED = "the first rank ended"
 _STARTS = itertools.count()
 
@@ -73,12 +74,17 @@ class Ranks:
         fixed = self.device.type == "cpu" and _TREE_PARTS % self.size == 0
         return _TREE_PARTS if fixed else self.size
 
-    def summed(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks; `tensor` may be overwritten. Ranks are added in pairs, pairs of pairs, and so on."""
+    def summed(self, *tensors: Tensor) -> list[Tensor]:
+        """The sum of each over all ranks, added in pairs, pairs of pairs, and so on; the given may be overwritten."""
         if self.size == 1:
-            return tensor
-        if self._cards is not None and tensor.device.type == "cuda":
+            return list(tensors)
+        if self._cards is not None:
             self.meet()  # whoever waits inside NCCL does not notice that a rank is gone
+        return [self._sum(tensor) for tensor in tensors]
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        if self._cards is not None and tensor.device.type == "cuda":
+            tensor = tensor.contiguous()
             with _lost():
                 dist.all_reduce(tensor, group=self._cards)
             return tensor
@@ -152,13 +158,13 @@ class Ranks:
             if self.is_first:
                 self._store.set(key, pickle.dumps(value))
                 return value  # type: ignore[return-value]
-            while True:
-                try:
-                    self._store.wait([key], _LOOK_AGAIN)
-                    return pickle.loads(self._store.get(key))
-                except dist.DistStoreError:  # not yet
-                    if self._store.check([_FIRST_ENDED]):
-                        raise RankLostError("the first rank ended, and this one with it") from None
+            pause = _SHORTEST_PAUSE
+            while not self._store.check([key]):
+                if self._store.check([_FIRST_ENDED]):
+                    raise RankLostError("the first rank ended, and this one with it")
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            return pickle.loads(self._store.get(key))
 
     def together(self, work: Callable[[], T]) -> T:
         """What `work` gives here, once every rank has done its own. Where one refuses, the first says so, for all."""
@@ -291,7 +297,7 @@ def _lost() -> Iterator[None]:
     """What the backends raise where a rank is gone, as one line."""
     try:
         yield
-    except RankLostError:
+    except (RankLostError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
         if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGTERM)):

@@ -166,7 +166,7 @@ def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None
     if rows is None:
         return
     ranks, streams = job.ranks, _streams(job, rows, held_out, job.ranks.told(), None, ignore_events)
-    done, tunes = ranks.told()
+    done, tunes = ranks.told((0, False))  # what the first rank says of both
     if done:
         follow_restore(ranks, streams)
     for index in range(done, len(job.plan.blocks)):

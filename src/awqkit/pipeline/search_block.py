@@ -256,10 +256,10 @@ def _quantize_all(
 
     costs = [sum(context.weight(name).numel() for name in wanted) for _, wanted in shares]
     results = context.ranks.spread([partial(work, *share) for share in shares], costs)
+    found = {name: each for result in results for name, each in result.items()}
     return {
-        name: (made[name] if name in made else _arrived(context, scaled[name], name, *found, rounded), errors)
-        for result in results
-        for name, (*found, errors) in result.items()
+        name: (made[name] if name in made else _arrived(context, scaled[name], name, codes, decision, rounded), errors)
+        for name, (codes, decision, errors) in found.items()
     }
 
 

@@ -26,47 +26,51 @@ def summed_statistics(ranks: Ranks, parts: Iterable[Mapping[str, Statistics]], o
     own_parts: how many this rank has; all have as many.
     """
 
-    def added(first: Mapping[str, Statistics], second: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    def added(first: dict[str, Statistics], second: dict[str, Statistics]) -> dict[str, Statistics]:
         return {name: added_(found, second[name]) for name, found in first.items()}
 
     short = ({name: sampled_evenly(found, own_parts * ranks.size) for name, found in part.items()} for part in parts)
-    own = dict(in_pairs(short, added))
+    own = in_pairs(short, added)
     if ranks.size == 1:
         return own
     grams = summed_grams(ranks, [{name: Gram(found.weight_sum, found.gram) for name, found in own.items()}])
-    counts = ranks.summed(torch.tensor([found.token_count for found in own.values()], dtype=torch.int64))
+    channels = [len(found.abs_sum) for found in own.values()]
+    (counts,) = ranks.summed(torch.tensor([found.token_count for found in own.values()], dtype=torch.int64))
+    (abs_sum,) = ranks.summed(torch.cat([found.abs_sum for found in own.values()]))
+    max_abs = ranks.largest(torch.cat([found.max_abs for found in own.values()]))
+    abs_sums, maxima = abs_sum.split(channels), max_abs.split(channels)
     samples = ranks.everyones([found.sample for found in own.values()])
     return {
         name: Statistics(
             int(counts[number]),
             grams[name].weight_sum,
-            ranks.summed(found.abs_sum),
-            ranks.largest(found.max_abs),
+            abs_sums[number],
+            maxima[number],
             torch.cat([of_rank[number] for of_rank in samples]),
             grams[name].gram,
         )
-        for number, (name, found) in enumerate(own.items())
+        for number, name in enumerate(own)
     }
 
 
 def summed_grams(ranks: Ranks, parts: Iterable[Mapping[str, Gram]]) -> dict[str, Gram]:
     """The same of grams alone."""
 
-    def added(first: Mapping[str, Gram], second: Mapping[str, Gram]) -> dict[str, Gram]:
+    def added(first: dict[str, Gram], second: dict[str, Gram]) -> dict[str, Gram]:
         return {name: added_gram_(found, second[name]) for name, found in first.items()}
 
-    own = dict(in_pairs(parts, added))
+    own = in_pairs((dict(part) for part in parts), added)
     weights = summed_numbers(ranks, [[found.weight_sum for found in own.values()]])
-    return {
-        name: Gram(weight, ranks.summed(found.gram)) for weight, (name, found) in zip(weights, own.items(), strict=True)
-    }
+    grams = ranks.summed(*(found.gram for found in own.values()))
+    return {name: Gram(*each) for name, each in zip(own, zip(weights, grams, strict=True), strict=True)}
 
 
 def summed_paired(ranks: Ranks, parts: Iterable[PairedStatistics]) -> PairedStatistics:
     """The same of one input on both streams."""
     own = in_pairs(parts, added_paired_)
     quantized = summed_grams(ranks, [{"": own.quantized}])[""]
-    return replace(own, quantized=quantized, cross_gram=ranks.summed(own.cross_gram))
+    (cross_gram,) = ranks.summed(own.cross_gram)
+    return replace(own, quantized=quantized, cross_gram=cross_gram)
 
 
 def summed_numbers(ranks: Ranks, parts: Iterable[list[float]]) -> list[float]:
@@ -74,4 +78,5 @@ def summed_numbers(ranks: Ranks, parts: Iterable[list[float]]) -> list[float]:
     own = in_pairs(parts, lambda first, second: [one + other for one, other in zip(first, second, strict=True)])
     if ranks.size == 1:
         return own
-    return ranks.summed(torch.tensor(own, dtype=torch.float64)).tolist()
+    (total,) = ranks.summed(torch.tensor(own, dtype=torch.float64))
+    return total.tolist()

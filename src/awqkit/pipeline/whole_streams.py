@@ -24,7 +24,7 @@ def gathered_streams(
     ranks: Ranks, streams: Streams, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict[str, Whole] | None:
     """On the first rank all rows of the streams that are wanted, by name; None on the others."""
-    own = {name: states.held() for name, states in streams.named.items() if wanted(name)}
+    own: dict[str, Whole] = {name: states.held() for name, states in streams.named.items() if wanted(name)}
     if ranks.size == 1:
         return own
     of_ranks = ranks.gathered({name: held for name, held in own.items() if ranks.is_first or name != _PROBE})
@@ -43,7 +43,7 @@ def put_streams(ranks: Ranks, streams: Streams, saved: Mapping[str, Whole] | Non
 
     def of_rank(rank: int) -> dict[str, Whole]:
         assert saved is not None
-        found = {}
+        found: dict[str, Whole] = {}
         for name, (hidden, pieces) in saved.items():
             rows = slice(0, len(hidden)) if name == _PROBE else own_rows(len(hidden), ranks, rank).rows
             found[name] = hidden[rows], [piece for piece in pieces if _overlaps(piece, rows)]
