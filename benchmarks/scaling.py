@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SHARED_BY_ROWS = ("start", "observe", "check", "advance")
+SHARED_BY_ROWS = ("start", "observe", "follow", "check", "advance")
 SHARED_BY_LINEAR = ("search",)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
