@@ -41,6 +41,7 @@ def test_a_job_that_failed_is_told_by_the_next_one_or_by_waiting() -> None:
         with pytest.raises(OSError, match="no space left"):
             writes.wait()
         writes.start(lambda: done.append(3))
+        writes.wait()
     assert done == [1, 3]
 
 
