@@ -32,7 +32,7 @@ def test_a_job_that_failed_is_told_by_the_next_one_or_by_waiting() -> None:
     def fail() -> None:
         raise OSError("no space left")
 
-    with BackgroundWrites() as writes:
+    with BackgroundWrites(torch.device("cuda")) as writes:
         writes.start(lambda: done.append(1))
         writes.start(fail)
         with pytest.raises(OSError, match="no space left"):
@@ -43,6 +43,13 @@ def test_a_job_that_failed_is_told_by_the_next_one_or_by_waiting() -> None:
         writes.start(lambda: done.append(3))
         writes.wait()
     assert done == [1, 3]
+
+
+def test_a_cpu_writes_at_once_in_the_thread_that_computes() -> None:
+    threads: list[int] = []
+    with BackgroundWrites(torch.device("cpu")) as writes:
+        writes.start(lambda: threads.append(threading.get_ident()))
+        assert threads == [threading.get_ident()]
 
 
 def test_a_block_is_read_once_and_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def run(
         ]
         emit(TaskAdvanced(_TASK, points.blocks))
     tunes = start is not None
-    with ReadAhead(job.source, job.skeleton, job.device) as ahead, BackgroundWrites() as writes:
+    with ReadAhead(job.source, job.skeleton, job.device) as ahead, BackgroundWrites(job.device) as writes:
         for index in range(points.blocks, num_blocks):
             started = time.monotonic()
 
