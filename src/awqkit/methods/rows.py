@@ -25,9 +25,7 @@ from awqkit.numerics.grid import Grid, QuantizedWeight, dequantize
 from awqkit.numerics.rounding_metric import RoundingMetric, moment_order, rounding_metric
 
 ROWS_AT_ONCE = 192  # at least: blocks of 64 were no better and slower (docs/log.md)
-MOST_BLOCKS = (
-    8  # of a linear: a GPU has little to do in 192 rows of a large one, and as many launches as in all of them
-)
+MOST_BLOCKS = 8  # of a linear: a few rows of a large one leave a GPU idle
 DAMP_RATIO = 0.05
 
 
