@@ -1,0 +1,144 @@
+"""Whole processes side by side: `awqkit quantize` and other quantizers on one machine, one after the other.
+
+    python benchmarks/beside_peers.py --device cuda --peer autoround=PYTHON llmcompressor-gptq=PYTHON
+    python benchmarks/beside_peers.py --device cpu --samples 32 --blocks 6 --peer autoround=PYTHON   the first 6 blocks
+
+Seconds are those of the process, from its start to its end, imports and writing among them; `--repeats` runs ours
+several times, since the first one in a new environment compiles kernels. Ours is the command that a user types, given
+the text, of which it chooses rows itself; a peer gets token rows of the same text. All are scored from their folders on
+the same windows, so that a time stands beside what it bought. Of a model cut to its first blocks, KL is to the cut one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import environment, save, text_files, write
+from conditions import (
+    GROUP_SIZE,
+    SEQ_LEN,
+    Conditions,
+    add_arguments,
+    calibration_rows,
+    open_conditions,
+    score_folder,
+    settings_of,
+    without_held_out,
+)
+from peer_rows import LIMIT_SECONDS, PEERS, NotRun, named_peers, not_asked, run_peer
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+PRESETS = ("fast", "balanced")
+
+
+def main() -> None:
+    """Ours first, then the peers; the JSON is written after each."""
+    args, peers = _arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.blocks:
+            args.model = first_blocks(open_conditions(args).model, Path(scratch) / "cut", args.blocks)
+        conditions = open_conditions(args)
+        original = conditions.reference(conditions.model)
+        head = {"environment": environment(conditions.device), "model": conditions.model.name}
+        head |= {"settings": settings_of(args) | {"peer": list(peers)}}
+        runs: list[dict[str, Any]] = []
+        for preset in args.methods:
+            for repeat in range(args.repeats):
+                row = ours(args, conditions, preset, Path(scratch) / "ours", original if repeat == 0 else None)
+                _add(runs, {"method": preset, "repeat": repeat, **row}, head, args)
+        for name, python in peers.items():
+            _add(runs, {"method": name, **_peer(args, conditions, name, python, original)}, head, args)
+    for line in not_asked(peers):
+        print(line)
+    save(args.name, {**head, "runs": runs, "not_run": not_asked(peers)}, args.results)
+
+
+def _arguments() -> tuple[argparse.Namespace, dict[str, str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "beside-peers", list(PRESETS))
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--blocks", type=int, help="cut the model to its first blocks, where the peers take too long")
+    parser.add_argument("--repeats", type=int, default=2, help="of ours")
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds after which a peer is given up")
+    parser.add_argument("--peer", nargs="+", default=[], metavar="NAME=PYTHON", help="see peer_rows.py")
+    args = parser.parse_args()
+    try:
+        return args, named_peers(args.peer)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def ours(
+    args: argparse.Namespace, conditions: Conditions, preset: str, out: Path, original: nn.Module | None
+) -> dict[str, Any]:
+    """One run of the command, with its stages and, where there is an original to compare with, its figures."""
+    shutil.rmtree(out, ignore_errors=True)
+    text = text_files(args.data, args.calibration)["calibration"]
+    words = [sys.executable, "-m", "awqkit", "quantize", conditions.model, out, "--quality", preset]
+    words += ["--bits", args.bits, "--group-size", GROUP_SIZE, "--samples", args.samples, "--seq-len", SEQ_LEN]
+    words += ["--calibration", text, "--seed", args.seeds[0], "--device", conditions.device.type, "--quiet"]
+    began = time.monotonic()
+    subprocess.run([*map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    seconds = time.monotonic() - began
+    stages = json.loads((out / "awqkit-timings.json").read_text(encoding="utf-8"))["stages"]
+    figures = {} if original is None else score_folder(conditions, out, original)
+    return {"seconds": seconds, "stages": stages, **figures}
+
+
+def _peer(
+    args: argparse.Namespace, conditions: Conditions, name: str, python: str, original: nn.Module
+) -> dict[str, Any]:
+    """A peer's process, with what it counts itself: loading and quantizing, without imports and writing."""
+    rows = without_held_out(calibration_rows(conditions.calibration, args.samples, args.seeds[0]))
+    with conditions.scratch() as scratch:
+        where = (args.bits, GROUP_SIZE, conditions.device.type, Path(scratch), args.limit)
+        began = time.monotonic()
+        done = run_peer(name, python, conditions.model.resolve(), rows, *where)
+        seconds = time.monotonic() - began
+        if isinstance(done, NotRun):
+            return {"failed": done.reason}
+        figures = score_folder(conditions, done.folder, original)
+    return {
+        "seconds": seconds, "own_seconds": done.seconds, "tool": PEERS[name].tool, "versions": done.versions,
+        "notes": done.notes, **figures,
+    }  # fmt: skip
+
+
+def first_blocks(model: Path, out: Path, blocks: int) -> Path:
+    """A checkpoint with the first blocks of a model whose blocks are called `layers.N`."""
+    out.mkdir(parents=True)
+    kept = {}
+    for path in sorted(model.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            _, inside, rest = name.partition(".layers.")
+            if not inside or int(rest.partition(".")[0]) < blocks:
+                kept[name] = tensor
+    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}), encoding="utf-8")
+    for path in model.iterdir():
+        if path.name != "config.json" and path.suffix in (".json", ".jinja", ".model"):
+            shutil.copy(path, out / path.name)
+    return out
+
+
+def _add(runs: list[dict[str, Any]], row: dict[str, Any], head: dict[str, Any], args: argparse.Namespace) -> None:
+    runs.append(row)
+    said = row.get("failed") or f"{row['seconds']:.1f} s" + "".join(
+        f", KL {text} {row[f'kl_{text}']:.4f}" for text in ("far", "near") if f"kl_{text}" in row
+    )
+    print(f"{row['method']}: {said}", flush=True)
+    write(args.name, {**head, "runs": runs}, args.results)
+
+
+if __name__ == "__main__":
+    main()
