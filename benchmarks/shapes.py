@@ -43,12 +43,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-moe": _shape(
         _QWEN_MOE, 2048, 6144, 32, 4, 151936, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
     ),
+    "smollm2": _shape(_LLAMA, 576, 1536, 9, 3, 49152, head_dim=64),
+    "llama-1k": _shape(_LLAMA, 1024, 2816, 8, 8, 32000),
+    "llama-2k": _shape(_LLAMA, 2048, 5632, 16, 16, 32000),
     "tiny": _shape(_LLAMA, 64, 128, 4, 2, 256, head_dim=16),
     "tiny-moe": _shape(
         _QWEN_MOE, 64, 128, 4, 2, 256, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
 }
-BLOCKS = {"llama-2-7b": 32, "llama-3-8b": 32, "llama-70b": 80, "qwen3-moe": 48, "tiny": 3, "tiny-moe": 3}
+BLOCKS = {
+    "smollm2": 30,
+    "llama-1k": 24,
+    "llama-2k": 24,
+    "llama-2-7b": 32,
+    "llama-3-8b": 32,
+    "llama-70b": 80,
+    "qwen3-moe": 48,
+    "tiny": 3,
+    "tiny-moe": 3,
+}
 
 
 def write_shape(name: str, out: Path, *, blocks: int, vocab: int | None = None, seed: int = 0) -> Path:

@@ -3,6 +3,7 @@
     python benchmarks/speed.py --shapes tiny --rows 16 --seq-len 32                      a trial on the CPU
     python benchmarks/speed.py --shapes llama-2-7b llama-3-8b --vocab 1024 --device cuda --name speed-h100
     python benchmarks/speed.py --shapes llama-2-7b --rows 32 128 512 --presets fast --device cuda --name speed-rows
+    python benchmarks/speed.py --shapes llama-2-7b --presets balanced --device-memory 6 --device cuda   in 6 GB of it
 
 Checkpoints have random weights (`shapes.py`), rows are random ids. Every run is a process of its own, so that its peak
 is its own. A block's figures are medians over all blocks but the first. The floor of a block, measured in the process
@@ -24,7 +25,8 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from shapes import SHAPES, write_shape
 
 from awqkit import Recipe, RunOptions, quantize
 from awqkit.api.device import choose_device
+from awqkit.api.estimate import estimate
 from awqkit.api.given_model import open_given
 from awqkit.checkpoint.reports import TIMINGS_FILE
 from awqkit.events import BlockFinished, Event, TaskAdvanced
@@ -103,19 +106,52 @@ class AnonymousPeak:
             self.bytes = max(self.bytes, 1024 * int(anonymous.split()[1]))
 
 
-def one(folder: Path, preset: str, rows: int, seq_len: int, device: torch.device, tuning: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Task:
+    """A run to measure. whole_model: with own text and tuning. most: GB of the device that it may take."""
+
+    folder: Path
+    preset: str
+    rows: int
+    seq_len: int
+    whole_model: bool
+    most: float | None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The preset, on so many rows."""
+        more: dict[str, Any] = {} if self.whole_model else {"generated": 0.0, "tuning_epochs": 0}
+        return Recipe.preset(self.preset, samples=self.rows, seq_len=self.seq_len, **more)
+
+    def ids(self) -> torch.Tensor:
+        """Random rows, with an eighth more to hold out."""
+        vocab = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        shape = (self.rows + max(1, self.rows // 8), self.seq_len)
+        return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(0))
+
+    def options(self, device: torch.device) -> RunOptions:
+        """On which device."""
+        return RunOptions(device=str(device), device_memory=self.most)
+
+
+def estimated(task: Task, device: torch.device) -> dict[str, Any]:
+    """What `--estimate` says of a run, and how long it takes to say so."""
+    began = time.monotonic()
+    found = estimate(
+        task.folder, task.folder.parent / "out", task.recipe, calibration=task.ids(), options=task.options(device)
+    )
+    return {"estimating_seconds": time.monotonic() - began, **found.to_json()}
+
+
+def one(task: Task, device: torch.device) -> dict[str, Any]:
     """One run, and the floor of one of its blocks."""
-    more: dict[str, Any] = {} if tuning else {"generated": 0.0, "tuning_epochs": 0}
-    recipe = Recipe.preset(preset, samples=rows, seq_len=seq_len, **more)
-    held_out = max(1, rows // 8)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    ids = torch.randint(config["vocab_size"], (rows + held_out, seq_len), generator=torch.Generator().manual_seed(0))
+    folder, recipe, ids, options = task.folder, task.recipe, task.ids(), task.options(device)
     clock = BlockClock(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, AnonymousPeak() as anonymous:
         began, out = time.monotonic(), Path(scratch) / "out"
-        quantize(folder, out, recipe, calibration=ids, options=RunOptions(device=str(device)), emit=clock)
+        quantize(folder, out, recipe, calibration=ids, options=options, emit=clock)
         _synchronize(device)
         seconds = time.monotonic() - began
         timings = json.loads((out / TIMINGS_FILE).read_text(encoding="utf-8"))["stages"]
@@ -128,10 +164,10 @@ def one(folder: Path, preset: str, rows: int, seq_len: int, device: torch.device
         for stage in dict.fromkeys(stage for block in later for stage in block)
     }
     block_seconds = statistics.median(sum(block.values()) for block in later)
-    lowest = floor(folder, preset, ids[:rows], device, written // len(clock.blocks))
+    lowest = floor(folder, task.preset, ids[: task.rows], device, written // len(clock.blocks))
     return {
         "blocks": len(clock.blocks), "seconds": seconds, "stages_of_run": timings, "block_stages": stages,
-        "block_seconds": block_seconds, "tokens_per_second": rows * seq_len / block_seconds, "floor": lowest,
+        "block_seconds": block_seconds, "tokens_per_second": task.rows * task.seq_len / block_seconds, "floor": lowest,
         "share_of_floor": sum(lowest.values()) / block_seconds, "device_peak": peak, "resident_peak": resident,
         "anonymous_peak": anonymous.bytes,
     }  # fmt: skip
@@ -188,14 +224,32 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def verdict(run: dict[str, Any]) -> str:
     """One line for people."""
+    if "failed" in run:
+        return f"{run['shape']} {run['preset']}: failed: {run['failed']}"
     peak = run["device_peak"] or run["anonymous_peak"]
     stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in run["block_stages"].items())
     return (
         f"{run['shape']} {run['preset']}, {run['rows']} x {run['seq_len']} tokens, {run['blocks']} blocks: "
         f"{run['seconds']:.1f} s, {run['block_seconds']:.2f} s a block ({stages}), "
         f"{run['tokens_per_second']:.0f} tokens/s, {100 * run['share_of_floor']:.0f} % floor, "
-        f"peak {peak / 1e9:.2f} GB"
+        f"peak {peak / 1e9:.2f} GB{_beside_estimate(run)}"
     )
+
+
+def _beside_estimate(run: dict[str, Any]) -> str:
+    found = run.get("estimate", {})
+    if "total_seconds" not in found:
+        return f", no estimate: {found['failed']}" if found else ""
+    return f", estimate {found['total_seconds']:.1f} s, {found['total_seconds'] / run['seconds']:.2f} of the run"
+
+
+def _in_a_process(words: Sequence[object]) -> dict[str, Any]:
+    """The JSON that this script's child prints, or the last line of what it had to say."""
+    command = [sys.executable, __file__, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -204,24 +258,25 @@ def main() -> None:
     device = choose_device(args.device)
     if args.child:
         folder = args.child
-        print(json.dumps(one(folder, args.presets[0], args.rows[0], args.seq_len[0], device, args.whole_model)))
+        task = Task(folder, args.presets[0], args.rows[0], args.seq_len[0], args.whole_model, args.device_memory[0])
+        print(json.dumps(estimated(task, device) if args.estimate else one(task, device)))
         return
     head, runs = {"environment": environment(device)}, list[dict[str, Any]]()
     for shape, blocks in itertools.product(args.shapes, args.blocks):
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             folder = write_shape(shape, Path(scratch) / f"{shape}-{blocks}", blocks=blocks, vocab=args.vocab)
-            for preset, rows, seq_len in itertools.product(args.presets, args.rows, args.seq_len):
+            given = itertools.product(args.presets, args.rows, args.seq_len, args.device_memory)
+            for preset, rows, seq_len, most in given:
                 known = {"shape": shape, "preset": preset, "rows": rows, "seq_len": seq_len, "vocab": args.vocab}
+                known |= {} if most is None else {"device_memory": most}
                 words = ["--child", folder, "--presets", preset, "--rows", rows, "--seq-len", seq_len]
+                words += [] if most is None else ["--device-memory", most]
                 words += ["--device", device, *(["--whole-model"] if args.whole_model else [])]
-                command = [sys.executable, __file__, *map(str, words)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    runs.append({**known, "failed": (done.stderr.strip().splitlines() or ["no word"])[-1]})
-                    print(f"{shape} {preset}: failed: {runs[-1]['failed']}", flush=True)
-                else:
-                    runs.append({**known, **json.loads(done.stdout.splitlines()[-1])})
-                    print(verdict(runs[-1]), flush=True)
+                run = {**known, **_in_a_process(words)}
+                if args.estimate and "failed" not in run:
+                    run["estimate"] = _in_a_process([*words, "--estimate"])
+                runs.append(run)
+                print(verdict(run), flush=True)
                 write(args.name, {**head, "runs": runs}, args.results)
     save(args.name, {**head, "runs": runs}, args.results)
     raise SystemExit(any("failed" in run for run in runs))
@@ -236,7 +291,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", nargs="+", type=int, default=[3])
     parser.add_argument("--vocab", type=int, help="instead of the shape's own vocabulary")
     parser.add_argument("--whole-model", action="store_true", help="with text of the model's own, and tuning")
+    parser.add_argument("--estimate", action="store_true", help="hold what `quantize --estimate` says against each run")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--device-memory", nargs="+", type=float, default=[None], help="GB of a GPU at most")
     parser.add_argument("--scratch", type=Path, help="where checkpoints go meanwhile")
     parser.add_argument("--name", default="speed")
     parser.add_argument("--results", type=Path, default=RESULTS)

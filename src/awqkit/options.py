@@ -14,6 +14,7 @@ class RunOptions:
     trust_remote_code: run modelling code that the checkpoint brings along.
     save_every: seconds from one durable point of a run to the next, at least; 0 has one after every block.
     restart: throw away what a stopped run left, and begin anew.
+    device_memory: GB (10⁹ bytes) of a CUDA device that tensors may take at most; None for all that is free.
     """
 
     device: str = "auto"
@@ -21,3 +22,4 @@ class RunOptions:
     trust_remote_code: bool = False
     save_every: float = 60.0
     restart: bool = False
+    device_memory: float | None = None

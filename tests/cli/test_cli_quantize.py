@@ -67,6 +67,7 @@ def test_flags_become_the_recipe(awqkit, api, flags, recipe):
         (("--overwrite",), RunOptions(overwrite=True)),
         (("--restart",), RunOptions(restart=True)),
         (("--save-every", "5"), RunOptions(save_every=5)),
+        (("--device-memory", "5.5"), RunOptions(device_memory=5.5)),
         (("--trust-remote-code",), RunOptions(trust_remote_code=True)),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from awqkit.api.calibration_rows import CalibrationRows, enough_to_check
+from awqkit.api.device import choose_device
 from awqkit.api.generated_rows import why_not_whole
 from awqkit.api.given_model import GivenModel
 from awqkit.api.quantize import planned_run
@@ -20,6 +21,7 @@ from awqkit.options import RunOptions
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.estimate import Estimate as Estimate
 from awqkit.pipeline.estimate import estimate_run
+from awqkit.pipeline.free_memory import device_memory_at_most
 from awqkit.recipe import DEFAULT_QUALITY, Recipe
 
 
@@ -39,18 +41,19 @@ def estimate(
     """
     started = time.monotonic()
     recipe, options, out = recipe or Recipe.preset(DEFAULT_QUALITY), options or RunOptions(), Path(out)
-    planned = planned_run(model, out, recipe, calibration, exclude_modules, options, emit)
-    rows, generated, held_out = planned.rows, (0, 0), None
-    if rows is not None:
-        generated = _generated(planned.given, rows, recipe, planned.job.device)
-        held_out = _checked(rows, generated[1])
-    calibration_rows = None if rows is None else rows.calibration
-    try:
-        return estimate_run(
-            planned.job, calibration_rows, held_out, generated, out.absolute(), time.monotonic() - started, emit
-        )
-    except ValueError as error:
-        raise UsageError(f"--estimate does not know this model: {error}; quantize it without") from error
+    with device_memory_at_most(choose_device(options.device), options.device_memory):
+        planned = planned_run(model, out, recipe, calibration, exclude_modules, options, emit)
+        rows, generated, held_out = planned.rows, (0, 0), None
+        if rows is not None:
+            generated = _generated(planned.given, rows, recipe, planned.job.device)
+            held_out = _checked(rows, generated[1])
+        calibration_rows = None if rows is None else rows.calibration
+        try:
+            return estimate_run(
+                planned.job, calibration_rows, held_out, generated, out.absolute(), time.monotonic() - started, emit
+            )
+        except ValueError as error:
+            raise UsageError(f"--estimate does not know this model: {error}; quantize it without") from error
 
 
 def _generated(given: GivenModel, rows: CalibrationRows, recipe: Recipe, device: torch.device) -> tuple[int, int]:

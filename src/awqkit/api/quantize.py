@@ -40,6 +40,7 @@ from awqkit.options import RunOptions
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_memory import block_memory, block_weights
 from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, scratch_bytes, written_before
+from awqkit.pipeline.free_memory import device_memory_at_most
 from awqkit.pipeline.layout import OutputLayout, plan_output
 from awqkit.pipeline.plan import BlockPlan, RunPlan, plan_run
 from awqkit.pipeline.ranks import Ranks, asked_size, local_rank, started_ranks
@@ -96,6 +97,8 @@ def planned_run(
     written = format_for(recipe)  # before a hub model is fetched
     device = choose_device(options.device) if ranks is None else ranks.device
     ranks = ranks or Ranks.alone(device)
+    if options.device_memory is not None and device.type != "cuda":
+        raise UsageError("device memory is bounded on a GPU only (--device-memory), and this run is on the CPU")
     if ranks.size > 1 and isinstance(model, PlainModel):
         raise UsageError("a plain module is quantized by one process: start it without torchrun")
     found = find_given(model)
@@ -158,7 +161,7 @@ def quantize(
         device = choose_device(options.device) if asked_size() == 1 else ranks_device(options.device, local_rank())
     except UsageError as error:
         refused = error  # raised once every rank has been told
-    with started_ranks(device) as ranks:
+    with started_ranks(device) as ranks, device_memory_at_most(device, options.device_memory):
         emit = emit if ranks.is_first else ignore_events
 
         def planned() -> PlannedRun:

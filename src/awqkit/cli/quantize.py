@@ -9,7 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awqkit.cli.arguments import Parser, add_run_options, check_device, run_options, whole_number, write_json
+from awqkit.cli.arguments import (
+    Parser,
+    above_zero,
+    add_run_options,
+    check_device,
+    run_options,
+    whole_number,
+    write_json,
+)
 from awqkit.cli.console import Console, size_text, table
 from awqkit.cli.progress import clock_text
 from awqkit.cli.recipe_flags import add_recipe_options, recipe_from, unused_flags
@@ -93,6 +101,10 @@ def build_parser() -> Parser:
         "on from there with the same command (default: 60)",
     )  # fmt: skip
     group.add_argument(
+        "--device-memory", type=above_zero, metavar="GB",
+        help="most memory of the GPU that tensors may take, where others use it too (default: what is free)",
+    )  # fmt: skip
+    group.add_argument(
         "--recipe",
         type=Path,
         metavar="FILE.toml",
@@ -108,7 +120,12 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Quantize as `args` say and print the report. Raises AwqkitError."""
     recipe = recipe_from(args)
-    options = replace(run_options(args, overwrite=args.overwrite), restart=args.restart, save_every=args.save_every)
+    options = replace(
+        run_options(args, overwrite=args.overwrite),
+        restart=args.restart,
+        save_every=args.save_every,
+        device_memory=args.device_memory,
+    )
     num_fallbacks = 0
 
     def count(event: Event) -> None:

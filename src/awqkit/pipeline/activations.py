@@ -10,6 +10,7 @@ from torch import Tensor
 
 from awqkit.model.block_calls import BlockCall, Carried, mapped
 from awqkit.model.skeleton import Skeleton
+from awqkit.pipeline.free_memory import free_bytes
 from awqkit.pipeline.kept_states import KeptBeside
 from awqkit.pipeline.marked_states import MarkedStates
 from awqkit.pipeline.row_parts import OwnRows
@@ -230,5 +231,5 @@ def _batches(shape: torch.Size, tokens_per_batch: int, ends: Sequence[int]) -> I
 
 def _place(shape: torch.Size, width: torch.Size, device: torch.device, num_streams: int) -> Tensor:
     size_bytes = shape.numel() * width.numel() * 4 * num_streams
-    fits = device.type == "cuda" and size_bytes <= _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    fits = device.type == "cuda" and size_bytes <= _DEVICE_SHARE * (free_bytes(device) or 0.0)
     return torch.empty(*shape, *width, device=device if fits else "cpu")

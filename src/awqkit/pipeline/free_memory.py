@@ -1,8 +1,10 @@
-"""How much memory there is to spare, and how much was used."""
+"""How much memory there is to spare, how much was used, and a bound to it."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,13 +13,29 @@ import torch
 def free_bytes(device: torch.device) -> float | None:
     """What a device, or the host for the CPU, can still give; None where the system does not tell."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        reserved = torch.cuda.memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+        return max(0.0, min(free, allowed - reserved)) + reserved - torch.cuda.memory_allocated(device)
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         return 1024.0 * int(fields["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         return None
+
+
+@contextlib.contextmanager
+def device_memory_at_most(device: torch.device, gigabytes: float | None) -> Iterator[None]:
+    """torch's allocator gives no more of a CUDA device than that, and `free_bytes` knows of it; None: all there is."""
+    if gigabytes is None or device.type != "cuda":
+        yield
+        return
+    before, total = torch.cuda.get_per_process_memory_fraction(device), torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(min(before, 1e9 * gigabytes / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def peak_resident_bytes() -> int:
