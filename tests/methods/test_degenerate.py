@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import pytest
@@ -188,7 +189,7 @@ def test_a_corrected_target_is_finite_and_the_linear_too(edge: str, propagation:
     drifted = case.inputs * 1.05 + 0.1 * case.inputs.roll(1, dims=1)
     paired = finished_paired(accumulate_paired_(empty_paired(COLUMNS), case.inputs, drifted))
     readers = Readers((case.weight,), (torch.ones(ROWS),))
-    evidence = propagated_evidence(paired, paired, readers, _choices(recipe, plan))
+    evidence = propagated_evidence(deepcopy(paired), paired, readers, _choices(recipe, plan))
     target = evidence.target(case.weight)
     assert bool(target.isfinite().all())
     scaled = replace(ScaledWeight.unscaled(case.weight), target=target)

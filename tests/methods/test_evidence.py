@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import Any
+
 import pytest
 import torch
 from numerics.cases import correlated
@@ -26,6 +29,11 @@ from awqkit.numerics.statistics import (
 
 CHANNELS = 24
 OWN = MetricChoices("energy", "own", 0.05, 0.5)
+
+
+def _of_copies(paired: PairedStatistics, *rest: Any, **named: Any) -> Evidence:
+    """The evidence of statistics that are looked at again, which it would take the buffers of."""
+    return propagated_evidence(deepcopy(paired), *rest, **named)
 
 
 def _inputs(seed: int = 0, tokens: int = 200) -> Tensor:
@@ -90,7 +98,7 @@ def test_the_metric_is_the_one_that_was_chosen(order: str, damping: str, ratio: 
 @pytest.mark.parametrize("strength", [0.25, 1.0])
 def test_a_fixed_strength_moves_the_weight_by_that_share_of_the_correction(strength: float) -> None:
     paired, readers = _paired(), _readers()
-    evidence = propagated_evidence(paired, None, readers, MetricChoices("energy", "own", 0.05, strength))
+    evidence = _of_copies(paired, None, readers, MetricChoices("energy", "own", 0.05, strength))
     assert evidence.strength == strength
     assert torch.equal(evidence.moment, second_moment(paired.quantized))
     weight = readers.weights[0]
@@ -114,25 +122,25 @@ def _error_on(paired: PairedStatistics, readers: Readers, evidence: Evidence) ->
 @pytest.mark.parametrize(("drift", "held_out_drift"), [(0.1, 0.1), (0.1, 0.05), (0.1, 0.0), (0.05, 0.1)])
 def test_auto_takes_what_is_best_on_the_rows_held_out(drift: float, held_out_drift: float) -> None:
     paired, held_out, readers = _paired(0, drift), _paired(1, held_out_drift), _readers()
-    found = propagated_evidence(paired, held_out, readers, MetricChoices("energy", "own", 0.05, "auto"))
+    found = _of_copies(paired, held_out, readers, MetricChoices("energy", "own", 0.05, "auto"))
     errors = {
         strength: _error_on(
             held_out,
             readers,
-            propagated_evidence(paired, None, readers, MetricChoices("energy", "own", 0.05, strength)),
+            _of_copies(paired, None, readers, MetricChoices("energy", "own", 0.05, strength)),
         )
         for strength in STRENGTHS
     }
     assert found.strength == min(errors, key=errors.__getitem__)
     weight = readers.weights[0]
-    fixed = propagated_evidence(paired, None, readers, MetricChoices("energy", "own", 0.05, found.strength))
+    fixed = _of_copies(paired, None, readers, MetricChoices("energy", "own", 0.05, found.strength))
     torch.testing.assert_close(found.target(weight), fixed.target(weight), rtol=1e-4, atol=1e-5)
 
 
 def test_few_rows_are_shifted_without_the_matrix_that_others_would_need() -> None:
     paired, readers, choices = _paired(0, 0.1), _readers(), MetricChoices("energy", "own", 0.05, 0.5)
-    few = propagated_evidence(paired, None, readers, choices)
-    matrix = propagated_evidence(paired, None, readers, choices, for_others=True)
+    few = _of_copies(paired, None, readers, choices)
+    matrix = _of_copies(paired, None, readers, choices, for_others=True)
     assert few.shift is None and few.difference is not None
     assert matrix.difference is None and matrix.shift is not None
     for weight in readers.weights:
@@ -142,14 +150,14 @@ def test_few_rows_are_shifted_without_the_matrix_that_others_would_need() -> Non
 
 def test_auto_differs_with_the_rows_held_out() -> None:
     choices = MetricChoices("energy", "own", 0.05, "auto")
-    alike = propagated_evidence(_paired(0), _paired(1), _readers(), choices)
-    other = propagated_evidence(_paired(0), _paired(1, 0.0), _readers(), choices)
+    alike = _of_copies(_paired(0), _paired(1), _readers(), choices)
+    other = _of_copies(_paired(0), _paired(1, 0.0), _readers(), choices)
     assert alike.strength > other.strength
 
 
 def test_auto_with_no_rows_to_choose_on_makes_half_of_the_correction() -> None:
     choices = MetricChoices("energy", "own", 0.05, "auto")
-    assert propagated_evidence(_paired(), None, _readers(), choices).strength == 0.5
+    assert _of_copies(_paired(), None, _readers(), choices).strength == 0.5
 
 
 def test_damping_that_had_to_be_raised_is_said() -> None:

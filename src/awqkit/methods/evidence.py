@@ -9,7 +9,7 @@ from torch import Tensor
 
 from awqkit.numerics.propagation import best_strength, correction
 from awqkit.numerics.rounding_metric import RoundingMetric, energy_order, moment_order, rounding_metric
-from awqkit.numerics.statistics import PairedStatistics, Statistics, cross_moment, second_moment
+from awqkit.numerics.statistics import PairedStatistics, Statistics, cross_moment, moments_, second_moment
 from awqkit.recipe import AUTO
 
 UNCHECKED_STRENGTH = 0.5  # "auto" with no rows to choose on: what the presets take
@@ -89,18 +89,19 @@ def propagated_evidence(
     *,
     for_others: bool = False,
 ) -> Evidence:
-    """From both streams. held_out: of other rows, on which "auto" chooses the strength; without them it is a half.
+    """From both streams; the buffers of `paired` become the evidence.
 
-    for_others: whether weights of other inputs are to be shifted by it, too.
+    held_out: of other rows, on which "auto" chooses the strength; without them it is a half. for_others: whether
+    weights of other inputs are to be shifted by it, too.
     """
-    moment = second_moment(paired.quantized)
+    moment, cross = moments_(paired)
     metric = _metric(moment, readers, choices)
     strength, raised = choices.propagation, _raised(metric, choices)
     rows = sum(len(weight) for weight in readers.weights)
     if strength != AUTO and rows < len(moment) and not for_others:
-        difference = (cross_moment(paired) - moment).mul_(strength) if strength else None
+        difference = cross.sub_(moment).mul_(strength) if strength else None
         return Evidence(moment, metric, difference=difference, strength=strength, raised=raised)
-    shift = correction(cross_moment(paired), metric)
+    shift = correction(cross, metric)
     if strength == AUTO and held_out is None:
         strength = UNCHECKED_STRENGTH
     elif strength == AUTO:

@@ -97,10 +97,16 @@ def plain_weight(scaled: ScaledWeight, plan: LinearPlan) -> Tensor:
     return unscaled.restored(dequantize(plain.codes, plain.grid))
 
 
-def group_weights(moment: Tensor, metric: RoundingMetric | None, plan: LinearPlan) -> Tensor:
-    """What scale and clip search weigh a group's error with: H's block, or the conditional variance of its columns."""
+def group_weights(
+    moment: Tensor, metric: RoundingMetric | None, plan: LinearPlan, channel_scale: Tensor | None = None
+) -> Tensor:
+    """What scale and clip search weigh a group's error with: H's block, or the conditional variance of its columns.
+
+    moment: H of x. channel_scale: s `[in]` where x / s is read, which `metric` is then of.
+    """
     if plan.error_weight == "moment":
-        return diagonal_blocks(moment, plan.group_size)
+        blocks = diagonal_blocks(moment, plan.group_size)
+        return blocks if channel_scale is None else moment_divided(blocks, channel_scale)
     assert metric is not None
     return metric.variance.reshape(-1, plan.group_size)
 
@@ -112,9 +118,8 @@ def round_rows_alike(scaled: ScaledWeight, evidence: Evidence, plan: LinearPlan)
     ratio_low, ratio_high, clip_mean, clip_counts = None, None, 1.0, ()
     clip = CLIP[plan.clip]
     if clip is not None:
-        moment = moment_divided(evidence.moment, scaled.channel_scale)
-        grouped = split_groups(weight, plan.group_size)
-        ratio_low, ratio_high = clip(grouped, group_weights(moment, metric, plan), **plan.grid_choices)
+        weights = group_weights(evidence.moment, metric, plan, scaled.channel_scale)
+        ratio_low, ratio_high = clip(split_groups(weight, plan.group_size), weights, **plan.grid_choices)
         clip_mean = float((ratio_low.mean() + ratio_high.mean()) / 2)
         clip_counts = counts_at(torch.stack([ratio_low, ratio_high]), CLIP_POINTS)
     grid = span_grid(

@@ -21,18 +21,19 @@ from awqkit.numerics.rounding_metric import RoundingMetric
 def descend(weight: Tensor, quantized: QuantizedWeight, metric: RoundingMetric) -> QuantizedWeight:
     """Codes after one sweep over all columns in the metric's order, the grid held. weight: float32 `[out, in]`."""
     grid, order = quantized.grid, metric.order
-    group = order // grid.group_size
-    scale, zero = grid.group_scale.t()[group], grid.group_zero.t()[group]
-    lowest, highest = -zero, float(2**grid.bits - 1) - zero
-    moment = metric.refinement_moment[order][:, order]
-    steps = quantized.codes.t()[order].to(torch.float32).sub_(zero)
+    group, top = order // grid.group_size, float(2**grid.bits - 1)
+    group_scale, group_zero = grid.group_scale.t(), grid.group_zero.t()
+    moment = metric.ordered_refinement_moment
+    chosen = quantized.codes.t()[order]
     residual = moment @ (dequantize(quantized.codes, grid) - weight).t()[order]
     for start in range(0, len(order), COLUMN_BLOCK):
         block = slice(start, start + COLUMN_BLOCK)
-        steps[block], changes = descend_block(
-            steps[block], residual[block], scale[block], lowest[block], highest[block], moment[block, block]
+        scale, zero = group_scale[group[block]], group_zero[group[block]]
+        steps, changes = descend_block(
+            chosen[block].to(torch.float32).sub_(zero), residual[block], scale, -zero, top - zero, moment[block, block]
         )
+        chosen[block] = steps.add_(zero).to(torch.uint8)
         residual.addmm_(moment[:, block], changes)
     codes = torch.empty_like(quantized.codes)
-    codes[:, order] = steps.add_(zero).to(torch.uint8).t()
+    codes[:, order] = chosen.t()
     return QuantizedWeight(codes, grid)

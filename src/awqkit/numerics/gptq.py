@@ -20,20 +20,19 @@ COLUMN_BLOCK = 128  # lazy updates: Frantar 2022, section 3.3, step 2
 
 def round_gptq(weight: Tensor, grid: Grid, metric: RoundingMetric) -> QuantizedWeight:
     """Codes on `grid` that nearly minimise tr(E (H + λ) Eᵀ). weight: float32 `[out, in]`."""
-    order, factor = metric.order, metric.factor
+    order, factor = metric.order, metric.rounding_factor
     # transposed: a column is then one contiguous row, which is what every step reads and writes
     remaining = weight.t()[order]
-    group = order // grid.group_size
-    scale, zero = grid.group_scale.t()[group], grid.group_zero.t()[group]
-    lowest, highest = -zero, float(2**grid.bits - 1) - zero
-    steps = torch.empty_like(remaining)
+    group, top = order // grid.group_size, float(2**grid.bits - 1)
+    group_scale, group_zero = grid.group_scale.t(), grid.group_zero.t()
+    chosen = torch.empty_like(remaining, dtype=torch.uint8)
     for start in range(0, len(order), COLUMN_BLOCK):
         block = slice(start, start + COLUMN_BLOCK)
         later = slice(start + COLUMN_BLOCK, None)
-        steps[block], errors = round_block(
-            remaining[block], scale[block], lowest[block], highest[block], factor[block, block]
-        )
+        scale, zero = group_scale[group[block]], group_zero[group[block]]
+        steps, errors = round_block(remaining[block], scale, -zero, top - zero, factor[block, block])
+        chosen[block] = steps.add_(zero).to(torch.uint8)
         remaining[later].addmm_(factor[block, later].t(), errors, alpha=-1.0)
     codes = torch.empty_like(weight, dtype=torch.uint8)
-    codes[:, order] = steps.add_(zero).to(torch.uint8).t()
+    codes[:, order] = chosen.t()
     return QuantizedWeight(codes, grid)

@@ -110,4 +110,4 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     """The float32 weight `[out, in]` that `codes` `[out, in]` mean: (q − z) · Δ, exactly as readers compute it."""
     rows, columns = codes.shape
     grouped = codes.reshape(rows, columns // grid.group_size, grid.group_size).to(torch.float32)
-    return ((grouped - grid.group_zero.unsqueeze(-1)) * grid.group_scale.unsqueeze(-1)).reshape(rows, columns)
+    return (grouped - grid.group_zero.unsqueeze(-1)).mul_(grid.group_scale.unsqueeze(-1)).reshape(rows, columns)

@@ -18,6 +18,7 @@ from awqkit.kernels.gram import add_gram_, add_product_
 from awqkit.numerics.output_error import diagonal_blocks, moment_diagonal
 
 _SAMPLE_TOKENS = 128
+_TILE = 1024  # channels of a gram that are mirrored at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Gram:
     """gram: `[in, in]` float32, Σ_t ω_t x_t x_tᵀ. weight_sum: Σ_t ω_t, the number of tokens where they count alike.
 
     Or `[groups, group_size, group_size]`, its blocks on the diagonal, where nobody asks for more. While accumulating
-    only the tiles of a whole `gram` on and above the diagonal are filled: `mirrored` fills the others.
+    only the tiles of a whole `gram` on and above the diagonal are filled: `mirrored_` fills the others.
     """
 
     weight_sum: float
@@ -76,12 +77,15 @@ def accumulate_gram_(
     return Gram(summed.weight_sum + (float(tokens.shape[0]) if weight_sum is None else weight_sum), summed.gram)
 
 
-def mirrored(summed: Gram) -> Gram:
-    """The same with a full, symmetric gram."""
-    if summed.gram.dim() == 3:
-        return summed
-    upper = summed.gram.triu()
-    return Gram(summed.weight_sum, upper + upper.triu(1).t())
+def mirrored_(summed: Gram) -> Gram:
+    """The same with a full, symmetric gram, made in its own buffer: a second one of that size may not fit."""
+    gram = summed.gram
+    for start in range(0, gram.shape[0] if gram.dim() == 2 else 0, _TILE):
+        tile, later = slice(start, start + _TILE), slice(start + _TILE, None)
+        upper = gram[tile, tile].triu()
+        gram[tile, tile] = upper + upper.triu(1).t()
+        gram[later, tile] = gram[tile, later].t()
+    return summed
 
 
 def empty_statistics(
@@ -139,8 +143,8 @@ def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def finished(statistics: Statistics) -> Statistics:
-    """The same statistics with a full, symmetric gram."""
-    return replace(statistics, gram=mirrored(Gram(statistics.weight_sum, statistics.gram)).gram)
+    """The same statistics with a full, symmetric gram, made in its own buffer."""
+    return replace(statistics, gram=mirrored_(Gram(statistics.weight_sum, statistics.gram)).gram)
 
 
 def added_gram_(first: Gram, second: Gram) -> Gram:
@@ -258,10 +262,16 @@ def added_paired_(first: PairedStatistics, second: PairedStatistics) -> PairedSt
 
 
 def finished_paired(paired: PairedStatistics) -> PairedStatistics:
-    """The same with a full, symmetric gram of the quantized stream."""
-    return replace(paired, quantized=mirrored(paired.quantized))
+    """The same with a full, symmetric gram of the quantized stream, made in its own buffer."""
+    return replace(paired, quantized=mirrored_(paired.quantized))
 
 
 def cross_moment(paired: PairedStatistics) -> Tensor:
     """C = E[x x̂ᵀ], `[in, in]` float32."""
     return paired.cross_gram / (paired.quantized.weight_sum or 1.0)
+
+
+def moments_(paired: PairedStatistics) -> tuple[Tensor, Tensor]:
+    """Ĥ and C, `[in, in]` float32, in the buffers of `paired`, which must not be read afterwards."""
+    weight_sum = paired.quantized.weight_sum or 1.0
+    return paired.quantized.gram.div_(weight_sum), paired.cross_gram.div_(weight_sum)

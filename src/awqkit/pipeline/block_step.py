@@ -230,7 +230,7 @@ def _on_both_streams(
     context: BlockContext,
     observed: Observed,
     measured: Measured,
-    originals: Mapping[str, Evidence],
+    originals: OriginalEvidences,
     rows: StoppedRows,
     own: OwnRows,
     held_out: Stream | None,
@@ -275,6 +275,7 @@ def _on_both_streams(
     def of_every_token(
         entry: LinearInput, quantized: Mapping[str, QuantizedLinear], readers: Readers, *, for_others: bool = False
     ) -> Evidence:
+        originals.let_go()
         stage("follow")
         pairs = ((part, kept.at(entry.first, part), inputs, mask) for part, inputs, mask in rows.at(entry, quantized))
         paired, checked = observe_pair(context, entry, pairs, own, observed.token_weight), None

@@ -15,7 +15,7 @@ def free_bytes(device: torch.device) -> float | None:
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device)
         free, total = torch.cuda.mem_get_info(device)
-        allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+        allowed = torch.cuda.get_per_process_memory_fraction(_index(device)) * total
         return max(0.0, min(free, allowed - reserved)) + reserved - torch.cuda.memory_allocated(device)
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
@@ -24,18 +24,24 @@ def free_bytes(device: torch.device) -> float | None:
         return None
 
 
+def _index(device: torch.device) -> int:
+    """What torch's fractions go by: they take no device without a number."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 @contextlib.contextmanager
 def device_memory_at_most(device: torch.device, gigabytes: float | None) -> Iterator[None]:
     """torch's allocator gives no more of a CUDA device than that, and `free_bytes` knows of it; None: all there is."""
     if gigabytes is None or device.type != "cuda":
         yield
         return
-    before, total = torch.cuda.get_per_process_memory_fraction(device), torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(before, 1e9 * gigabytes / total), device)
+    index, total = _index(device), torch.cuda.mem_get_info(device)[1]
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    torch.cuda.set_per_process_memory_fraction(min(before, 1e9 * gigabytes / total), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(before, index)
 
 
 def peak_resident_bytes() -> int:

@@ -143,6 +143,10 @@ class OriginalEvidences(Mapping[str, Evidence]):
             self._made[first] = self._make(entry)
         return self._made[first]
 
+    def let_go(self) -> None:
+        """Hold none of those made so far: with propagation the folds are all that asks for them."""
+        self._made.clear()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

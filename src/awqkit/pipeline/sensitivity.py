@@ -9,7 +9,7 @@ from torch import Tensor
 
 from awqkit.model.block_calls import hand_on
 from awqkit.model.observe import LinearWatch
-from awqkit.numerics.statistics import Gram, accumulate_gram_, empty_gram, mirrored, second_moment
+from awqkit.numerics.statistics import Gram, accumulate_gram_, empty_gram, mirrored_, second_moment
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
 from awqkit.pipeline.end_gradients import backward_from
@@ -52,7 +52,7 @@ def measure_sensitivity(
             yield found
 
     found = summed_grams(context.ranks, of_parts())
-    grams = {name: second_moment(mirrored(summed)) for name, summed in found.items()}
+    grams = {name: second_moment(mirrored_(summed)) for name, summed in found.items()}
     return {
         name: gram if bool(gram.any()) else torch.eye(len(gram), device=gram.device) for name, gram in grams.items()
     }
