@@ -36,7 +36,7 @@ def _step(words, zero, mask, place: tl.constexpr):
 
 @triton.jit
 def _add_product(total, words, inputs, place: tl.constexpr):
-    """total + 2⁻⁶⁹ · inputs · the codes at bits 4 · place of int32 words; only the last two places take a shift."""
+    """total + 2⁻⁶⁹ · inputs · the codes at bits 4 · place of int32 words; shifted at the last two places alone."""
     at: tl.constexpr = 4 * place if place < 6 else 4 * place - 8
     moved = words if place < 6 else words >> 8
     return tl.fma((moved & (15 << at)).to(tl.float32, bitcast=True), inputs * 2.0 ** (80 - at), total)
@@ -49,8 +49,8 @@ def _one_row_kernel(
     TURNS: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
     BESIDE: tl.constexpr,
 ):  # fmt: skip
-    # Sums are 2⁻⁶⁹ of the real ones: x · 2⁸⁰ is finite while |x| < 2⁴⁵, all float16 among them, and terms q x keep their
-    # 24 bits from 2⁻⁵⁷ on; below, an error of 2⁻⁸⁰ each. z is a whole number of 2⁻¹⁴⁹ like the codes.
+    # Sums are 2⁻⁶⁹ of the real ones: x · 2⁸⁰ is finite while |x| < 2⁴⁵, any float16 among them, and terms q x keep
+    # their 24 bits from 2⁻⁵⁷ on; below, an error of 2⁻⁸⁰ each. z is a whole number of 2⁻¹⁴⁹ like the codes.
     # A lane has the same channels of all features, so that x is read and prepared once for them. That follows from
     # loading words in two dimensions, four a lane; the third tells chunks apart. What lies outside counts with Δ = 0
     features = tl.program_id(0) * OUT + tl.arange(0, OUT)
@@ -91,31 +91,41 @@ def _few_rows_kernel(
 ):  # fmt: skip
     rows, features = tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT)
     word, column = tl.arange(0, WORDS), tl.arange(0, 8 * WORDS)
+    kind = x.dtype.element_ty
     real_rows, feature = rows < num_rows, tl.minimum(features, num_out - 1)
     total = tl.zeros((ROWS, OUT), dtype=tl.float32)
     for turn in range(TURNS):
         wanted = tl.program_id(1) * TURNS + turn
         chunk = tl.minimum(wanted, num_chunks - 1)  # what lies outside counts with Δ = 0
-        now = tl.load(
-            words + (feature[:, None] * num_chunks + chunk) * WORDS + word[None, :], eviction_policy="evict_first"
-        )
         group_at = feature * num_groups + chunk // CHUNKS_A_GROUP
         step = tl.where(wanted < num_chunks, tl.load(scale + group_at).to(tl.float32), 0.0)
-        shift = tl.load(zero + group_at).to(tl.float32)[:, None]
-        x_at = (rows[:, None] * num_chunks + chunk) * (8 * WORDS) + column[None, :]
-        inputs = tl.load(x + x_at, mask=real_rows[:, None], other=0.0)
-        # whole numbers of at most 15 are exact in every dtype; joined they are [OUT, WORDS, place in three bits]
-        kind = x.dtype.element_ty
-        evens = tl.join(
-            tl.join(_step(now, shift, mask, 0).to(kind), _step(now, shift, mask, 4).to(kind)),
-            tl.join(_step(now, shift, mask, 2).to(kind), _step(now, shift, mask, 6).to(kind)),
-        )
-        odds = tl.join(
-            tl.join(_step(now, shift, mask, 1).to(kind), _step(now, shift, mask, 5).to(kind)),
-            tl.join(_step(now, shift, mask, 3).to(kind), _step(now, shift, mask, 7).to(kind)),
-        )
-        steps = tl.permute(tl.join(evens, odds), (2, 3, 4, 1, 0))
-        total += tl.dot(inputs, tl.reshape(steps, (8 * WORDS, OUT))) * step[None, :]
+        shift = tl.load(zero + group_at).to(tl.float32)
+        word_at, x_at = (feature * num_chunks + chunk) * WORDS, (rows * num_chunks + chunk) * (8 * WORDS)
+        # whole numbers of at most 15 are exact in every dtype
+        if WORDS >= 16 and ROWS < 64:
+            # a product a place: its operand is in the lanes that loaded the words, where one of all places would change
+            # hands; from 64 rows on it comes from shared memory, better at once
+            now = tl.load(words + word_at[None, :] + word[:, None], eviction_policy="evict_first")
+            product = tl.zeros((ROWS, OUT), dtype=tl.float32)
+            for place in tl.static_range(8):
+                at = x_at[:, None] + place * WORDS + word[None, :]
+                inputs = tl.load(x + at, mask=real_rows[:, None], other=0.0)
+                product = tl.dot(inputs, _step(now, shift[None, :], mask, place).to(kind), product)
+        else:  # or too few words for tl.dot; joined they are [OUT, WORDS, place in three bits]
+            now = tl.load(words + word_at[:, None] + word[None, :], eviction_policy="evict_first")
+            less = shift[:, None]
+            inputs = tl.load(x + x_at[:, None] + column[None, :], mask=real_rows[:, None], other=0.0)
+            evens = tl.join(
+                tl.join(_step(now, less, mask, 0).to(kind), _step(now, less, mask, 4).to(kind)),
+                tl.join(_step(now, less, mask, 2).to(kind), _step(now, less, mask, 6).to(kind)),
+            )
+            odds = tl.join(
+                tl.join(_step(now, less, mask, 1).to(kind), _step(now, less, mask, 5).to(kind)),
+                tl.join(_step(now, less, mask, 3).to(kind), _step(now, less, mask, 7).to(kind)),
+            )
+            steps = tl.permute(tl.join(evens, odds), (2, 3, 4, 1, 0))
+            product = tl.dot(inputs, tl.reshape(steps, (8 * WORDS, OUT)))
+        total += product * step[None, :]
     at = (tl.program_id(1) * num_rows + rows[:, None]) * num_out + features[None, :]
     real = real_rows[:, None] & (features < num_out)[None, :]
     tl.store(partial + at, total.to(partial.dtype.element_ty), mask=real)
