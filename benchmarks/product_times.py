@@ -19,8 +19,11 @@ from awqkit.numerics.grid import dequantize
 
 _BEYOND_CACHE = 400e6  # bytes of copies, several times what a GPU caches
 _REPLAYS = 20
-ONE_ROW_TILES = [(4, 8), (8, 8), (16, 8), (8, 16), (16, 16), (32, 16)]
-FEW_ROWS_TILES = [((32, 4), 512), ((64, 4), 256), ((64, 4), 512), ((64, 4), 1024), ((64, 8), 512), ((128, 8), 512)]
+ONE_ROW_TILES = [(features, warps) for features in (4, 8, 16) for warps in (1, 2, 4, 8)]
+FEW_ROWS_TILES = [
+    (tile, programs) for tile in ((32, 4), (64, 4), (64, 2), (128, 4), (128, 8)) for programs in (256, 512)
+]
+FEW_ROWS_TILES += [((64, 4), 1024), ((128, 4), 1024)]
 
 Product = Callable[[Tensor], Tensor]
 

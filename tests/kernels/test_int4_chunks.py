@@ -36,6 +36,8 @@ SHAPES = [(64, 512, 128), (48, 256, 32), (40, 64, 16), (32, 576, 576), (24, 1408
 ROWS = [1, 2, 8, 17, 33]
 # of the norm of a product: one rounding of the result, and sums of products in float32 in any order
 _ROUNDING = {torch.float16: 4e-4, torch.bfloat16: 3e-3}
+# factors of x that one row is held to the same bound at; products stay normal numbers of the dtype
+_SIZES = {torch.float16: (2.0**-6, 2.0**13), torch.bfloat16: (2.0**-40, 2.0**40)}
 
 _PROGRAM = """
 import sys
@@ -79,6 +81,10 @@ def compare(out_features: int, in_features: int, group_size: int, device: str, d
             assert found.dtype == dtype
             assert found.shape == (rows, out_features)
             assert relative_error(found.cpu(), x, exact) < _ROUNDING[dtype], (rows, dtype)
+        for size in _SIZES[dtype]:
+            x = (inputs(1, in_features) * size).to(dtype)
+            found = int4_chunks_triton.one_row(x.to(device), *there)
+            assert relative_error(found.cpu(), x, exact) < _ROUNDING[dtype], (size, dtype)
 
 
 def inputs(*shape: int) -> Tensor:

@@ -1,7 +1,9 @@
 """Triton bodies of `int4_chunks`: one row, few rows, and the weight itself.
 
-Imported only where a GPU and Triton are there. Codes become float32 without a conversion instruction (few a clock): a
-code put below the exponent of 2²³⁻ˢ, s its lowest bit, is that power plus the code, exactly.
+Imported only where a GPU and Triton are there. Codes become float32 without a conversion instruction (few a clock), in
+one of two ways. A code put below the exponent of 2²³⁻ˢ, s its lowest bit, is that power plus the code, exactly. And any
+whole number v < 2²⁴ in the bits of a float32 is v · 2⁻¹⁴⁹, below the normal numbers and in the first of them alike: a
+code is multiplied as it lies in its word, by x · 2ᵏ.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Output features of a program and warps, by words of a chunk. Fewer scales and inputs at a time than lanes: else Triton
-# takes them through shared memory
-_ONE_ROW_TILES = {16: (16, 8), 8: (8, 8), 4: (8, 16), 2: (4, 16)}
+# Output features of a program and warps, by words of a chunk: every warp has all of the features, which share what is
+# done to x
+_ONE_ROW_TILES = {16: (8, 2), 8: (8, 2), 4: (8, 2), 2: (8, 1)}
 _FEW_ROWS_TILE = (64, 4)
 _DEQUANTIZE_TILE = (64, 4)
 _LEAST_ROWS = 16  # of a product of tl.dot
-_WORDS_A_WARP = 128  # of one output feature at a time: four a lane, 512 bytes in a piece
+_WORDS_A_LANE = 4  # of one output feature at a time: 512 bytes of a warp in a piece
 _PROGRAMS = 512  # enough to keep every multiprocessor of a large GPU reading
 # An argument of the kernels: in a register once, where a constant is moved there for every code
 _MASK = 15
@@ -33,20 +35,31 @@ def _step(words, zero, mask, place: tl.constexpr):
 
 
 @triton.jit
+def _add_product(total, words, inputs, place: tl.constexpr):
+    """total + 2⁻⁶⁹ · inputs · the codes at bits 4 · place of int32 words; shifted at the last two places alone."""
+    at: tl.constexpr = 4 * place if place < 6 else 4 * place - 8
+    moved = words if place < 6 else words >> 8
+    return tl.fma((moved & (15 << at)).to(tl.float32, bitcast=True), inputs * 2.0 ** (80 - at), total)
+
+
+@triton.jit
 def _one_row_kernel(
     x, words, scale, zero, out,
-    num_out, num_chunks, num_groups, mask,
+    num_out, num_chunks, num_groups,
     TURNS: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):  # fmt: skip
-    # A warp has whole features, a lane the same channels of several of them, so that x is read once. That follows from
-    # loading words in two dimensions; the third tells chunks apart. What lies outside counts with Δ = 0
+    # Sums are 2⁻⁶⁹ of the real ones: x · 2⁸⁰ is finite while |x| < 2⁴⁵, any float16 among them, and terms q x keep
+    # their 24 bits from 2⁻⁵⁷ on; below, an error of 2⁻⁸⁰ each. z is a whole number of 2⁻¹⁴⁹ like the codes.
+    # A lane has the same channels of all features, so that x is read and prepared once for them. That follows from
+    # loading words in two dimensions, four a lane; the third tells chunks apart. What lies outside counts with Δ = 0
     features = tl.program_id(0) * OUT + tl.arange(0, OUT)
     feature = tl.minimum(features, num_out - 1)
     column = tl.arange(0, SPLIT * WORDS)[None, :]
     row = words + feature[:, None] * num_chunks * WORDS
     feature = feature[:, None, None]
     part, word = tl.arange(0, SPLIT)[None, :, None], tl.arange(0, WORDS)[None, None, :]
-    total = tl.zeros((OUT, SPLIT, WORDS), dtype=tl.float32)
+    total = tl.zeros((OUT, SPLIT, WORDS // BESIDE), dtype=tl.float32)
     ahead = tl.load(row + column, mask=column < num_chunks * WORDS, other=0, eviction_policy="evict_first")
     for turn in range(TURNS):
         first = turn * SPLIT
@@ -55,13 +68,18 @@ def _one_row_kernel(
         ahead = tl.load(row + later, mask=later < num_chunks * WORDS, other=0, eviction_policy="evict_first")
         group_at = feature * num_groups + here // CHUNKS_A_GROUP
         step = tl.where(first + part < num_chunks, tl.load(scale + group_at).to(tl.float32), 0.0)
-        shift = tl.load(zero + group_at).to(tl.float32)
+        shift = tl.load(zero + group_at).to(tl.int32).to(tl.float32, bitcast=True)
         product = tl.zeros((OUT, SPLIT, WORDS), dtype=tl.float32)
+        together = tl.zeros((1, SPLIT, WORDS), dtype=tl.float32)
         for place in tl.static_range(8):
             inputs = tl.load(x + here * (8 * WORDS) + place * WORDS + word).to(tl.float32)
-            product += _step(now, shift, mask, place) * inputs
-        total += product * step
-    result = tl.sum(tl.sum(total, axis=2), axis=1)
+            together += inputs
+            product = _add_product(product, now, inputs, place)
+        # over the words of one lane, before what is done once a chunk: z Σ x taken away, times Δ
+        product = tl.sum(tl.reshape(product, (OUT, SPLIT, WORDS // BESIDE, BESIDE)), axis=3)
+        together = tl.sum(tl.reshape(together, (1, SPLIT, WORDS // BESIDE, BESIDE)), axis=3)
+        total = tl.fma(tl.fma(shift, together * -(2.0**80), product), step, total)
+    result = tl.sum(tl.sum(total, axis=2), axis=1) * 2.0**69
     tl.store(out + features, result.to(out.dtype.element_ty), mask=features < num_out)
 
 
@@ -73,31 +91,41 @@ def _few_rows_kernel(
 ):  # fmt: skip
     rows, features = tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT)
     word, column = tl.arange(0, WORDS), tl.arange(0, 8 * WORDS)
+    kind = x.dtype.element_ty
     real_rows, feature = rows < num_rows, tl.minimum(features, num_out - 1)
     total = tl.zeros((ROWS, OUT), dtype=tl.float32)
     for turn in range(TURNS):
         wanted = tl.program_id(1) * TURNS + turn
         chunk = tl.minimum(wanted, num_chunks - 1)  # what lies outside counts with Δ = 0
-        now = tl.load(
-            words + (feature[:, None] * num_chunks + chunk) * WORDS + word[None, :], eviction_policy="evict_first"
-        )
         group_at = feature * num_groups + chunk // CHUNKS_A_GROUP
         step = tl.where(wanted < num_chunks, tl.load(scale + group_at).to(tl.float32), 0.0)
-        shift = tl.load(zero + group_at).to(tl.float32)[:, None]
-        x_at = (rows[:, None] * num_chunks + chunk) * (8 * WORDS) + column[None, :]
-        inputs = tl.load(x + x_at, mask=real_rows[:, None], other=0.0)
-        # whole numbers of at most 15 are exact in every dtype; joined they are [OUT, WORDS, place in three bits]
-        kind = x.dtype.element_ty
-        evens = tl.join(
-            tl.join(_step(now, shift, mask, 0).to(kind), _step(now, shift, mask, 4).to(kind)),
-            tl.join(_step(now, shift, mask, 2).to(kind), _step(now, shift, mask, 6).to(kind)),
-        )
-        odds = tl.join(
-            tl.join(_step(now, shift, mask, 1).to(kind), _step(now, shift, mask, 5).to(kind)),
-            tl.join(_step(now, shift, mask, 3).to(kind), _step(now, shift, mask, 7).to(kind)),
-        )
-        steps = tl.permute(tl.join(evens, odds), (2, 3, 4, 1, 0))
-        total += tl.dot(inputs, tl.reshape(steps, (8 * WORDS, OUT))) * step[None, :]
+        shift = tl.load(zero + group_at).to(tl.float32)
+        word_at, x_at = (feature * num_chunks + chunk) * WORDS, (rows * num_chunks + chunk) * (8 * WORDS)
+        # whole numbers of at most 15 are exact in every dtype
+        if WORDS >= 16 and ROWS < 64:
+            # a product a place: its operand is in the lanes that loaded the words, where one of all places would change
+            # hands; from 64 rows on it comes from shared memory, better at once
+            now = tl.load(words + word_at[None, :] + word[:, None], eviction_policy="evict_first")
+            product = tl.zeros((ROWS, OUT), dtype=tl.float32)
+            for place in tl.static_range(8):
+                at = x_at[:, None] + place * WORDS + word[None, :]
+                inputs = tl.load(x + at, mask=real_rows[:, None], other=0.0)
+                product = tl.dot(inputs, _step(now, shift[None, :], mask, place).to(kind), product)
+        else:  # or too few words for tl.dot; joined they are [OUT, WORDS, place in three bits]
+            now = tl.load(words + word_at[:, None] + word[None, :], eviction_policy="evict_first")
+            less = shift[:, None]
+            inputs = tl.load(x + x_at[:, None] + column[None, :], mask=real_rows[:, None], other=0.0)
+            evens = tl.join(
+                tl.join(_step(now, less, mask, 0).to(kind), _step(now, less, mask, 4).to(kind)),
+                tl.join(_step(now, less, mask, 2).to(kind), _step(now, less, mask, 6).to(kind)),
+            )
+            odds = tl.join(
+                tl.join(_step(now, less, mask, 1).to(kind), _step(now, less, mask, 5).to(kind)),
+                tl.join(_step(now, less, mask, 3).to(kind), _step(now, less, mask, 7).to(kind)),
+            )
+            steps = tl.permute(tl.join(evens, odds), (2, 3, 4, 1, 0))
+            product = tl.dot(inputs, tl.reshape(steps, (8 * WORDS, OUT)))
+        total += product * step[None, :]
     at = (tl.program_id(1) * num_rows + rows[:, None]) * num_out + features[None, :]
     real = real_rows[:, None] & (features < num_out)[None, :]
     tl.store(partial + at, total.to(partial.dtype.element_ty), mask=real)
@@ -134,10 +162,11 @@ def one_row(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, tile: tuple[i
     """x `[1, in]` -> `[1, out]`; the rest as in `int4_chunks.PackedChunks`. tile: output features and warps."""
     (out_features, chunks, num_words), groups = words.shape, scale.shape[1]
     width, warps = tile or _ONE_ROW_TILES[num_words]
-    out, split = x.new_empty(1, out_features), _WORDS_A_WARP // num_words
+    out, split = x.new_empty(1, out_features), 32 * warps * _WORDS_A_LANE // num_words
     _one_row_kernel[(triton.cdiv(out_features, width),)](
-        x, words, scale, zero, out, out_features, chunks, groups, _MASK, TURNS=triton.cdiv(chunks, split),
-        CHUNKS_A_GROUP=chunks // groups, WORDS=num_words, SPLIT=split, OUT=width, num_warps=warps,
+        x, words, scale, zero, out, out_features, chunks, groups, TURNS=triton.cdiv(chunks, split),
+        CHUNKS_A_GROUP=chunks // groups, WORDS=num_words, SPLIT=split, OUT=width,
+        BESIDE=min(num_words, _WORDS_A_LANE), num_warps=warps,
     )  # fmt: skip
     return out
 
