@@ -40,6 +40,11 @@ RECIPES = {
     "smoothquant": Recipe.method("smoothquant", format="compressed-tensors"),
     "all experts": replace(FAST, all_experts=True),
 }
+SHARED_EXPERT: dict[str, Any] = {
+    "model_type": "deepseek_v3", "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": MLP_WIDTH,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "q_lora_rank": 32,
+    "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+}  # fmt: skip
 EXPERTS, ROWS = 4, 81  # rows of 24 tokens, of which two of four experts meet each: enough for every expert
 
 
@@ -111,6 +116,22 @@ def test_chunks_write_the_bytes_of_all_experts_at_once(
     passes = {1: 4, 3: 2, EXPERTS: 0}[count]
     assert len(made) == len(done.report.blocks) * passes
     assert all(len(chunk) <= 2 * count for chunk in made)
+
+
+def test_an_expert_that_every_token_meets_goes_with_those_in_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads the norm that they read, and comes after them."""
+    model = tiny_model("llama", **SHARED_EXPERT)
+    whole = run_on(model, tmp_path, FAST, rows=ROWS, out="whole")
+    _at_once(3, monkeypatch)
+    made = _chunks_made(monkeypatch)
+    done = run_on(model, tmp_path, FAST, rows=ROWS)
+    folds = {fold.producer: fold for fold in done.report.blocks[0].folds}
+    assert "mlp.shared_experts.gate_proj" in folds["post_attention_layernorm"].consumers
+    assert list(folds)[-1] == "mlp.shared_experts.up_proj"
+    assert len(made) == NUM_BLOCKS * 2
+    _assert_same(done.directory, whole.directory)
 
 
 def test_statistics_of_few_tokens_are_those_of_all_at_once_but_for_rounding() -> None:
