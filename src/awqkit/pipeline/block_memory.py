@@ -131,4 +131,4 @@ def fitting_experts(memory: BlockMemory, free: float | None, copies: int) -> int
         return None
     at_once = max(1, min(memory.experts, int(_EXPERTS_SHARE * free / (memory.expert * copies))))
     chunks = -(-memory.experts // at_once)
-    return -(-memory.experts // chunks)  # chunks of one size: each is a run of the block
+    return -(-memory.experts // chunks)  # no more chunks than must be: each is a run of the block
