@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_contexts import block_context
 from tiny_models import save_tiny, tiny_model, token_rows
 
 import awqkit.pipeline.run as pipeline_run
@@ -16,6 +18,7 @@ from awqkit import Recipe, RunOptions, quantize
 from awqkit.api import refuse
 from awqkit.checkpoint import output
 from awqkit.errors import CheckpointError, NoRoomError, OutputError
+from awqkit.pipeline.block_memory import block_memory
 
 BEST = Recipe.preset("best", group_size=32, generated=0, tuning_epochs=0)
 
@@ -49,6 +52,21 @@ def test_a_block_that_does_not_fit(
     with pytest.raises(NoRoomError, match=line):
         _run(source, Recipe.method(method, group_size=32))
     assert _nothing_left(source)
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_a_mixture_is_not_refused_where_it_fits_expert_by_expert(
+    one_by_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
+    recipe = Recipe.method("gptq", group_size=32)
+    context = block_context(model, recipe=recipe)
+    least = block_memory(context.skeleton, context.plan, recipe, 1).least(24)
+    assert least < block_memory(context.skeleton, context.plan, recipe).least(24)
+    monkeypatch.setattr(refuse, "free_bytes", lambda device: least + (1 if one_by_one else -1))
+    source = save_tiny(model, tmp_path / "source")
+    with nullcontext() if one_by_one else pytest.raises(NoRoomError, match="weights and statistics"):
+        _run(source, recipe)
 
 
 def test_temporary_files_that_do_not_fit(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

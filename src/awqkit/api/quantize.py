@@ -114,7 +114,8 @@ def planned_run(
     refuse_small_memory(block_weights(skeleton), "its weights in float32", device)  # which a look at it takes
     plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, *_reader_rules(written, is_plain))
     if rows is not None:
-        least = block_memory(skeleton, plan, recipe).least(rows.calibration.ids.shape[1])
+        tokens = rows.calibration.ids.shape[1]
+        least = min(block_memory(skeleton, plan, recipe, at_once).least(tokens) for at_once in (None, 1))
         refuse_small_memory(least, "weights and statistics in float32, one calibration row", device)
     if recipe.group_size is None and plan.group_size != 128:
         emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))

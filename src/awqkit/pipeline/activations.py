@@ -91,6 +91,13 @@ class HiddenStates:
         twin._states, twin._beside, twin._mark = self._states.clone(), dict(self._beside), None
         return twin
 
+    def copy_on_host(self) -> HiddenStates:
+        """The same rows where they are now, kept on the host until they are asked for batch by batch."""
+        twin = object.__new__(HiddenStates)
+        twin.__dict__.update(self.__dict__)
+        twin._states, twin._beside, twin._mark = self._states.to("cpu", copy=True), dict(self._beside), None
+        return twin
+
     def take(self, other: HiddenStates) -> None:
         """Be where another stream of the same rows is, which is not used afterwards."""
         self._states, self._beside = other._states, other._beside

@@ -1,7 +1,8 @@
 """One block, from weights in memory to packed codes and stored values, in named steps. It holds no formula.
 
 prove     every fold of this kind, on this block's real weights
-observe   one pass over the calibration rows: statistics of every input, and the next block's inputs
+observe   one pass over the calibration rows: statistics of every input, and the next block's inputs; another for each
+          chunk of experts, where those of all would not fit (decision 0029)
 search    a channel scale per fold, codes for every linear in order of data flow, folds that did harm undone
 check     held-out rows: the block as chosen against the block plainly rounded
 advance   with propagation: the quantized stream moves on
@@ -24,8 +25,8 @@ from awqkit.methods.linear import QuantizedLinear, RestoredLinear
 from awqkit.model.block_calls import hand_on
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.grid import QuantizedWeight
-from awqkit.numerics.statistics import Statistics, in_blocks
 from awqkit.pipeline.activations import HiddenStates
+from awqkit.pipeline.block_statistics import BlockStatistics
 from awqkit.pipeline.context import BlockContext, Stream, Streams
 from awqkit.pipeline.expert_tokens import picked_inputs
 from awqkit.pipeline.kept_inputs import KeptInputs
@@ -82,16 +83,14 @@ class Observed:
     taken with, or None. kept: the linear inputs themselves, if any recipe propagates.
     """
 
-    statistics: Mapping[str, Statistics]
+    statistics: BlockStatistics
     row_weights: Mapping[str, Tensor]
     token_weight: Tensor | None
     kept: KeptInputs | None
 
-    def measured_for(self, recipe: Recipe, group_size: int) -> Measured:
+    def measured_for(self, recipe: Recipe, group_size: int, stage: Stage) -> Measured:
         """What a recipe with groups of that size gets of it: the same, whoever else asked for more."""
-        statistics = self.statistics
-        if not recipe.looks_across_groups:
-            statistics = {first: in_blocks(each, group_size) for first, each in statistics.items()}
+        statistics = self.statistics.for_search(stage, None if recipe.looks_across_groups else group_size)
         return Measured(statistics, self.row_weights if _weighs_rows(recipe) else {})
 
 
@@ -118,7 +117,7 @@ def quantize_block(context: BlockContext, streams: Streams | None, stage: Stage)
 
 def round_block(context: BlockContext) -> tuple[Choice, BlockResult]:
     """The block plainly rounded, by a recipe that looks at no text."""
-    choice = choose_plainly(context, {})
+    choice = choose_plainly(context)
     return choice, _result(context, choice, ())
 
 
@@ -174,7 +173,7 @@ def quantize_observed(
     quantized_stream: the calibration rows' where the recipe propagates. It and both of `held_out` move on to the
     block's output.
     """
-    measured = observed.measured_for(context.recipe, context.plan.group_size)
+    measured = observed.measured_for(context.recipe, context.plan.group_size, stage)
     originals = OriginalEvidences(context, measured)
     with ExitStack() as stack:
         rows, evidence_of = None, _on_the_original(originals)
@@ -196,7 +195,7 @@ def quantize_observed(
 
 
 def _better_held_out(
-    context: BlockContext, held_out: Stream, choice: Choice, originals: Mapping[str, Evidence]
+    context: BlockContext, held_out: Stream, choice: Choice, originals: OriginalEvidences
 ) -> tuple[Choice, list[FoldDecision], tuple[float, float], str | None]:
     """The choice, or plain rounding where that is better on held-out rows; then what was undone, errors, the reason."""
     (plain, chosen), reached = check_held_out(context, held_out, (restored_plainly(context), choice.quantized))
@@ -211,13 +210,13 @@ def _better_held_out(
 
 
 def _with_tokens(
-    context: BlockContext, name: str, decision: LinearDecision, statistics: Mapping[str, Statistics]
+    context: BlockContext, name: str, decision: LinearDecision, statistics: BlockStatistics
 ) -> LinearDecision:
     """Where the linear is an expert's: how many tokens met it, and why its choice is a guess where none did."""
     entry = context.structure.input_of(name)
     if entry.expert is None:
         return decision
-    tokens = statistics[entry.first].token_count
+    tokens = statistics.tokens(entry.first)
     reason = None if tokens else "no calibration token met this expert: rounded by what the others read"
     return replace(decision, tokens=tokens, fallback=decision.fallback or reason)
 
@@ -333,7 +332,7 @@ def _result(
     refused: Sequence[FoldDecision],
     errors: tuple[float, ...] | None = None,
     fallback: str | None = None,
-    statistics: Mapping[str, Statistics] | None = None,
+    statistics: BlockStatistics | None = None,
 ) -> BlockResult:
     stored = {name: value for entry in choice.folds for name, value in entry.stored.items()}
     for view in context.structure.linears:

@@ -21,6 +21,7 @@ from awqkit.model.block_calls import hand_on
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.block_memory import block_memory, fitting_experts
 from awqkit.pipeline.block_step import (
     BlockResult,
     Observed,
@@ -30,10 +31,12 @@ from awqkit.pipeline.block_step import (
     round_block,
 )
 from awqkit.pipeline.context import BlockContext, Stream, Streams
+from awqkit.pipeline.free_memory import free_bytes
 from awqkit.pipeline.observe_block import refuse_non_finite
 from awqkit.pipeline.plan import RunPlan
 from awqkit.pipeline.quantized_block import advance
 from awqkit.pipeline.ranks import Ranks
+from awqkit.pipeline.row_parts import copies_of_sums
 from awqkit.pipeline.search_block import Choice
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
@@ -108,7 +111,10 @@ class _Lane:
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """What the whole pass shares. streams: by kind of recipe. tuning: by `_tuning_kind`."""
+    """What the whole pass shares. streams: by kind of recipe. tuning: by `_tuning_kind`.
+
+    experts_at_once: see `BlockContext`.
+    """
 
     skeleton: Skeleton
     device: torch.device
@@ -117,6 +123,7 @@ class _Course:
     original: HiddenStates
     tuning: Mapping[_TuningKind, TuningStart]
     clock: StageClock
+    experts_at_once: int | None
 
 
 def compare_recipes(
@@ -181,7 +188,16 @@ def _course(
         moves, own_text = kind
         learning = rows.learning[own_text]
         tuning[kind] = start_tuning(skeleton, moves, learning.calibration, learning.held_out, device)
-    return _Course(skeleton, device, lanes, streams, original, tuning, clock)
+    at_once = _experts_at_once(skeleton, contenders, device)
+    return _Course(skeleton, device, lanes, streams, original, tuning, clock, at_once)
+
+
+def _experts_at_once(skeleton: Skeleton, contenders: Sequence[Contender], device: torch.device) -> int | None:
+    """As few as suit the contender that needs the most of them."""
+    free, copies = free_bytes(device), copies_of_sums(Ranks.alone(device))
+    memories = [block_memory(skeleton, each.plan, each.recipe) for each in contenders if each.recipe.needs_calibration]
+    found = [fitting_experts(memory, free, copies) for memory in memories]
+    return min((each for each in found if each is not None), default=None)
 
 
 def _shared_streams(
@@ -243,7 +259,18 @@ def _one_block(course: _Course, block: nn.Module, index: int, tell: Callable[[st
     for lane in course.lanes:
         plan, recipe = lane.contender.plan, lane.contender.recipe
         alone = Ranks.alone(course.device)
-        contexts.append(BlockContext(course.skeleton, plan, plan.blocks[index], recipe, block, parameters, alone))
+        contexts.append(
+            BlockContext(
+                course.skeleton,
+                plan,
+                plan.blocks[index],
+                recipe,
+                block,
+                parameters,
+                alone,
+                experts_at_once=course.experts_at_once,
+            )
+        )
     refuse_non_finite(contexts[0])
     tell("observe")
     proofs = [

@@ -65,7 +65,8 @@ class Streams:
 class BlockContext:
     """One block with its weights in memory, and everything that was settled before.
 
-    ranks: all that work on this block, each with its own rows, and with its own linears to quantize.
+    ranks: all that work on this block, each with its own rows, and with its own linears to quantize. experts_at_once:
+    of how many experts the statistics are in memory at a time, None for all of them.
     """
 
     skeleton: Skeleton
@@ -75,6 +76,7 @@ class BlockContext:
     block: nn.Module
     parameters: Mapping[str, Tensor]
     ranks: Ranks = field(default_factory=Ranks.alone)
+    experts_at_once: int | None = None
 
     @property
     def index(self) -> int:

@@ -69,6 +69,13 @@ class DurablePoints:
         self.note_batch_tokens(tokens, halved)
         return tokens, halved
 
+    def experts_at_once(self, ask: Callable[[], int | None]) -> int | None:
+        """Of how many experts the statistics are in memory at a time, by an earlier run or else by `ask`."""
+        known = self._state.journal
+        found = known["experts_at_once"] if "experts_at_once" in known else ask()
+        self._state.note(experts_at_once=found)
+        return found
+
     def note_halved(self) -> None:
         """Batches have become half as large."""
         tokens, halved = self._batch_tokens

@@ -19,7 +19,7 @@ from awqkit.model.generate import PASSAGE
 from awqkit.numerics.divergence import kl_gradient
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_cost import BlockCost, measure_block, seconds_of, settler
-from awqkit.pipeline.block_memory import block_memory, fitting_tokens
+from awqkit.pipeline.block_memory import fitting_tokens
 from awqkit.pipeline.durable_points import durable_bytes, scratch_bytes
 from awqkit.pipeline.end_gradients import BATCH_DIVISOR
 from awqkit.pipeline.free_memory import free_bytes, peak_resident_bytes
@@ -94,8 +94,8 @@ def estimate_run(
     """
     if torch.cuda.is_available() and job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
-    memory = block_memory(job.skeleton, job.plan, job.recipe)
-    tokens = fitting_tokens(memory, job.device, free_bytes(job.device))
+    job = job.with_fitting_experts()
+    tokens = fitting_tokens(job.memory, job.device, free_bytes(job.device))
     all_rows = None if rows is None else _Rows(rows, len(rows.ids) + generated[0], held_out, sum(generated))
     used = None if rows is None else rows.rows(slice(0, _measured_rows(job, rows, tokens)))
     passages = 0 if all_rows is None else min(_AT_ONCE, all_rows.generated * -(-all_rows.length // PASSAGE))

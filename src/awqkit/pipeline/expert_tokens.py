@@ -12,6 +12,7 @@ from awqkit.model.matrices import Expert
 from awqkit.model.structure import BlockStructure, LinearInput, LinearView
 from awqkit.numerics.output_error import moment_diagonal
 from awqkit.numerics.statistics import Statistics, pooled, second_moment, shrunk
+from awqkit.pipeline.block_statistics import BlockStatistics
 
 
 class MetTokens:
@@ -50,20 +51,22 @@ def with_few_tokens_shrunk(structure: BlockStructure, found: Mapping[str, Statis
     What experts read is picked from one tensor, so the H of all tokens that met any of them stands in. What an expert
     computes on the way has channels of its own, for which only a mean diagonal does: its own, or that of the others.
     """
-    result, seen = dict(found), set()
+    result, picked = dict(found), picked_inputs(structure)
     for alike in structure.inputs_of_experts():
-        statistics = [found[entry.first] for entry in alike]
-        experts = alike[0].expert.experts
-        is_picked = experts not in seen  # an expert's first linear reads the tokens themselves
-        seen.add(experts)
-        together = second_moment(pooled(statistics))
-        for entry, own in zip(alike, statistics, strict=True):
-            prior = together
-            if not is_picked:
-                level = second_moment(own) if own.token_count else together
-                prior = moment_diagonal(level).mean() * torch.eye(level.shape[-1], device=level.device).expand_as(level)
-            result[entry.first] = shrunk(own, prior, ENOUGH_TOKENS * entry.num_channels)
+        together = second_moment(pooled([found[entry.first] for entry in alike]))
+        for entry in alike:
+            is_picked = entry.first in picked
+            result[entry.first] = few_tokens_shrunk(entry, found[entry.first], together, is_picked=is_picked)
     return result
+
+
+def few_tokens_shrunk(entry: LinearInput, own: Statistics, together: Tensor, *, is_picked: bool) -> Statistics:
+    """The same of one expert's input. together: H of all experts' like parts."""
+    prior = together
+    if not is_picked:
+        level = second_moment(own) if own.token_count else together
+        prior = moment_diagonal(level).mean() * torch.eye(level.shape[-1], device=level.device).expand_as(level)
+    return shrunk(own, prior, ENOUGH_TOKENS * entry.num_channels)
 
 
 def picked_inputs(structure: BlockStructure) -> frozenset[str]:
@@ -74,7 +77,8 @@ def picked_inputs(structure: BlockStructure) -> frozenset[str]:
     return frozenset(first for firsts in found.values() for first in firsts)
 
 
-def share_of_tokens(entry: LinearInput, statistics: Mapping[str, Statistics]) -> float:
+def share_of_tokens(entry: LinearInput, statistics: BlockStatistics) -> float:
     """How much of the block's tokens an input is made of: 1 for every token, less for an expert's."""
-    most = max((found.token_count for found in statistics.values()), default=0)
-    return 1.0 if entry.expert is None else statistics[entry.first].token_count / max(most, 1)
+    if entry.expert is None:
+        return 1.0
+    return statistics.tokens(entry.first) / max(statistics.most_tokens, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,11 +26,21 @@ from awqkit.numerics.statistics import (
     empty_statistics,
     finished,
     finished_paired,
+    pooled,
+    second_moment,
     whole_groups,
 )
 from awqkit.pipeline.activations import HiddenStates
+from awqkit.pipeline.block_statistics import BlockStatistics, ExpertChunks, chunk_numbers
 from awqkit.pipeline.context import BlockContext
-from awqkit.pipeline.expert_tokens import MetTokens, of_tokens, usual_of_experts, with_few_tokens_shrunk
+from awqkit.pipeline.expert_tokens import (
+    MetTokens,
+    few_tokens_shrunk,
+    of_tokens,
+    picked_inputs,
+    usual_of_experts,
+    with_few_tokens_shrunk,
+)
 from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.plan import Probe
 from awqkit.pipeline.row_parts import OwnRows, by_part
@@ -150,56 +161,119 @@ def observe(
     token_weight: Tensor | None = None,
     kept: KeptInputs | None = None,
     group_size: int | None = None,
-) -> dict[str, Statistics]:
+) -> BlockStatistics:
     """Statistics of every linear input, by its first reader; the rows move on to the block's output.
 
     token_weight: `[rows, tokens]`, see `numerics.statistics`. kept: filled with the inputs themselves, if given, but
     for those of experts. group_size: for no more of each gram than its blocks of that size, where they tile it. An
-    expert whose tokens cannot be told from one another counts padding as well.
+    expert whose tokens cannot be told from one another counts padding as well. Where a block has more experts than
+    `BlockContext.experts_at_once`, theirs are made later, chunk by chunk.
     """
+    structure, numbers = context.structure, chunk_numbers(context.structure, context.experts_at_once)
+    blocks = {entry.first: whole_groups(entry.num_channels, group_size) for entry in structure.inputs}
+    if numbers:
+        return _observed_in_chunks(context, rows, token_weight, kept, blocks, numbers)
+    sums = [_Sum(entry.first, entry.num_channels, blocks[entry.first], (entry.first,)) for entry in structure.inputs]
+    found = _summed(context, rows, token_weight, _Observer(context, kept, sums), moves_on=True)
+    return BlockStatistics(with_few_tokens_shrunk(structure, found))
+
+
+def _observed_in_chunks(
+    context: BlockContext,
+    rows: HiddenStates,
+    token_weight: Tensor | None,
+    kept: KeptInputs | None,
+    blocks: Mapping[str, int | None],
+    numbers: Mapping[str, int],
+) -> BlockStatistics:
+    """Whole statistics of what every token meets; of experts their tokens, and the statistics of all together.
+
+    blocks: of each gram the size of what is kept of it, None for the whole. What a chunk is made from are the rows as
+    they are now, of which a copy is kept.
+    """
+    structure, entered = context.structure, rows.copy_on_host()
+    alike = {" ".join((each[0].expert.experts, each[0].expert.part)): each for each in structure.inputs_of_experts()}
+    sums = [
+        _Sum(entry.first, entry.num_channels, 1 if entry.first in numbers else blocks[entry.first], (entry.first,))
+        for entry in structure.inputs
+    ]
+    for name, entries in alike.items():
+        first = entries[0].first
+        sums.append(_Sum(name, entries[0].num_channels, blocks[first], tuple(entry.first for entry in entries)))
+    found = _summed(context, rows, token_weight, _Observer(context, kept, sums), moves_on=True)
+    together: dict[str, Statistics] = {}
+    for name, entries in alike.items():
+        evenly = pooled([found[entry.first] for entry in entries]).sample
+        together |= dict.fromkeys((entry.first for entry in entries), replace(found[name], sample=evenly))
+    picked = picked_inputs(structure)
+
+    def make(names: Collection[str]) -> dict[str, Statistics]:
+        chunk = [_Sum(first, structure.input_of(first).num_channels, blocks[first], (first,)) for first in names]
+        seen = _summed(context, entered, token_weight, _Observer(context, None, chunk), moves_on=False)
+        made = {}
+        for first in names:
+            entry, moment = structure.input_of(first), second_moment(together[first])
+            made[first] = few_tokens_shrunk(entry, seen.pop(first), moment, is_picked=first in picked)
+        return made
+
+    tokens = {first: found[first].token_count for first in numbers}
+    held = {entry.first: found[entry.first] for entry in structure.inputs if entry.first not in numbers}
+    return BlockStatistics(held, ExpertChunks(numbers, tokens, together, make))
+
+
+def _summed(
+    context: BlockContext, rows: HiddenStates, token_weight: Tensor | None, observer: _Observer, *, moves_on: bool
+) -> dict[str, Statistics]:
+    """What an observer finds in the rows of all ranks, finished. moves_on: whether these go to the block's output."""
     structure = context.structure
-    observer = _Observer(context, kept, group_size)
     experts = {entry.first for entry in structure.inputs if entry.expert is not None}
     in_turn = experts if context.recipe.all_experts else set()
+    others = {entry.first for entry in structure.inputs} - in_turn
 
     def of_parts() -> Iterator[Mapping[str, Statistics]]:
         for batches in by_part(rows.batches(context.index), rows.own.ends):
             observer.begin()
             for part, hidden, call, mask in batches:
                 run, weight = partial(hand_on, context.block, hidden, call), _weights_of(token_weight, part, hidden)
-                output = observer.see(run, part, mask, weight, leave_out=in_turn)
+                see = partial(observer.see, run, part, mask, weight)
+                output = see(leave_out=in_turn) if moves_on or not in_turn else None
                 if in_turn:
-                    others = {entry.first for entry in structure.inputs} - in_turn
-                    see = partial(observer.see, run, part, mask, weight, leave_out=others)
-                    run_with_all_experts(see, structure.experts)
-                rows.write(part, *output)
+                    run_with_all_experts(partial(see, leave_out=others), structure.experts)
+                if moves_on:
+                    rows.write(part, *output)
             yield observer.found
 
-    summed = summed_statistics(context.ranks, of_parts(), len(rows.own.ends))
-    return with_few_tokens_shrunk(structure, {first: finished(seen) for first, seen in summed.items()})
+    seen = summed_statistics(context.ranks, of_parts(), len(rows.own.ends))
+    observer.found = {}
+    return {name: finished(seen.pop(name)) for name in list(seen)}  # no two of each at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """Statistics with a name, of what some linears read. block: of the gram's blocks of that size, None for all."""
+
+    name: str
+    num_channels: int
+    block: int | None
+    readers: tuple[str, ...]
 
 
 class _Observer:
-    """Statistics as they grow, by first reader."""
+    """Sums as they grow, by name."""
 
-    def __init__(self, context: BlockContext, kept: KeptInputs | None, group_size: int | None) -> None:
-        entries = context.structure.inputs
+    def __init__(self, context: BlockContext, kept: KeptInputs | None, sums: Sequence[_Sum]) -> None:
         self.found: dict[str, Statistics] = {}
-        self._channels, self._device, self._group_size = (
-            {entry.first: entry.num_channels for entry in entries},
-            context.device,
-            group_size,
-        )
-        self._kept = kept
-        self._by_weight = {context.structure.linear(entry.first).weight: entry for entry in entries}
+        self._sums, self._device, self._kept = sums, context.device, kept
+        self._counted_in: dict[str, list[str]] = {}
+        for each in sums:
+            for first in each.readers:
+                self._counted_in.setdefault(first, []).append(each.name)
+        self._by_weight = {context.structure.linear(entry.first).weight: entry for entry in context.structure.inputs}
         self._watched = {name: context.weight(entry.first) for name, entry in self._by_weight.items()}
 
     def begin(self) -> None:
         """Begin with no tokens."""
-        self.found = {
-            first: empty_statistics(count, self._device, whole_groups(count, self._group_size))
-            for first, count in self._channels.items()
-        }
+        self.found = {each.name: empty_statistics(each.num_channels, self._device, each.block) for each in self._sums}
 
     def see(
         self,
@@ -225,7 +299,8 @@ class _Observer:
                 counted = tuple(of_tokens(each, numbers) for each in counted)
             elif self._kept is not None:
                 self._kept.keep(entry.first, part, inputs)
-            self.found[entry.first] = accumulate_(self.found[entry.first], inputs, *counted)
+            for each in self._counted_in.get(entry.first, ()):
+                self.found[each] = accumulate_(self.found[each], inputs, *counted)
 
         try:
             with torch.no_grad(), picked, LinearWatch(self._watched, before=before):

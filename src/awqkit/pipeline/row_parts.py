@@ -58,6 +58,12 @@ def by_part(batches: Iterable[Batch], ends: Sequence[int]) -> Iterator[Iterator[
         yield until(end)
 
 
+def copies_of_sums(ranks: Ranks) -> int:
+    """How many values of one rank `in_pairs` has at a time, with what arrives from other ranks."""
+    own_parts = ranks.num_parts // ranks.size
+    return 1 + (own_parts - 1).bit_length() + (ranks.size > 1)
+
+
 def in_pairs(values: Iterable[T], added: Callable[[T, T], T]) -> T:
     """((v0 + v1) + (v2 + v3)) + …: no more than a few of the values are alive at a time."""
     stack: list[tuple[int, T]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.background_writes import BackgroundWrites
-from awqkit.pipeline.block_memory import block_memory, fitting_tokens
+from awqkit.pipeline.block_memory import BlockMemory, block_memory, fitting_experts, fitting_tokens
 from awqkit.pipeline.block_step import BlockResult, Stage, quantize_block
 from awqkit.pipeline.context import BlockContext, Streams
 from awqkit.pipeline.durable_points import DurablePoints, follow_block, follow_restore
@@ -38,6 +38,7 @@ from awqkit.pipeline.layout import OutputLayout, packed_parts
 from awqkit.pipeline.plan import BlockPlan, RunPlan
 from awqkit.pipeline.ranks import Ranks
 from awqkit.pipeline.read_ahead import ReadAhead
+from awqkit.pipeline.row_parts import copies_of_sums
 from awqkit.pipeline.smaller_batches import begin_block, halve, no_room, run_again
 from awqkit.pipeline.stage_clock import StageClock
 from awqkit.pipeline.start_streams import start_streams
@@ -51,7 +52,7 @@ _TASK, _GRADIENT_TASK = "block", "gradient step"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that a run reads; nothing in it changes."""
+    """Everything that a run reads; nothing in it changes. experts_at_once: see `BlockContext`."""
 
     source: TensorSource
     skeleton: Skeleton
@@ -61,6 +62,17 @@ class Run:
     written: Format
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks.alone)
+    experts_at_once: int | None = None
+
+    @property
+    def memory(self) -> BlockMemory:
+        """What the largest block needs."""
+        return block_memory(self.skeleton, self.plan, self.recipe, self.experts_at_once)
+
+    def with_fitting_experts(self) -> Run:
+        """The same with as many experts at a time as fit the memory that is free now."""
+        at_once = fitting_experts(self.memory, free_bytes(self.device), copies_of_sums(self.ranks))
+        return replace(self, experts_at_once=at_once)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +111,9 @@ def run(
     clock.enter("start")
     streams, ranks = None, job.ranks
     if rows is not None:
-        batch = ranks.told(points.batch_tokens(lambda: _fitting_tokens(job)))
+        at_once = points.experts_at_once(lambda: job.with_fitting_experts().experts_at_once)
+        job = replace(job, experts_at_once=ranks.told(at_once))
+        batch = ranks.told(points.batch_tokens(lambda: fitting_tokens(job.memory, job.device, free_bytes(job.device))))
         streams = _streams(job, rows, held_out, batch, points, emit)
     start, tuning = None, None
     if rows is not None and job.recipe.tuning_epochs > 0:
@@ -165,7 +179,8 @@ def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None
     """What every rank but the first does in a run: its share of each block. It writes nothing."""
     if rows is None:
         return
-    ranks, streams = job.ranks, _streams(job, rows, held_out, job.ranks.told(), None, ignore_events)
+    ranks, job = job.ranks, replace(job, experts_at_once=job.ranks.told())
+    streams = _streams(job, rows, held_out, ranks.told(), None, ignore_events)
     done, tunes = ranks.told((0, False))  # what the first rank says of both
     if done:
         follow_restore(ranks, streams)
@@ -178,11 +193,6 @@ def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None
         follow_block(ranks, streams)
     if tunes:
         streams_to_tune(ranks, streams)
-
-
-def _fitting_tokens(job: Run) -> int:
-    memory = block_memory(job.skeleton, job.plan, job.recipe)
-    return fitting_tokens(memory, job.device, free_bytes(job.device))
 
 
 def _streams(
@@ -198,7 +208,7 @@ def _streams(
     batch: as `DurablePoints.batch_tokens` gives it. points: None on ranks that only follow.
     """
     steps, done = 2 * len(job.plan.blocks) - 1, 0  # there, and back to the second block
-    memory, length = block_memory(job.skeleton, job.plan, job.recipe), rows.ids.shape[1]
+    memory, length = job.memory, rows.ids.shape[1]
     tokens, halved = batch
 
     def step(index: int) -> None:
@@ -249,7 +259,10 @@ def _finished_block(job: Run, index: int, points: DurablePoints) -> TunableBlock
 def block_context(job: Run, index: int, block: nn.Module) -> BlockContext:
     """What the steps of a block share, its weights being in memory."""
     parameters = {name: value.data for name, value in block.named_parameters()}
-    return BlockContext(job.skeleton, job.plan, job.plan.blocks[index], job.recipe, block, parameters, job.ranks)
+    plan, of_block = job.plan, job.plan.blocks[index]
+    return BlockContext(
+        job.skeleton, plan, of_block, job.recipe, block, parameters, job.ranks, experts_at_once=job.experts_at_once
+    )
 
 
 def _one_block(
@@ -277,7 +290,7 @@ def _one_block(
         job.skeleton.release_block(index)
         if streams is None:
             return None
-        memory, rows = block_memory(job.skeleton, job.plan, job.recipe), streams.calibration.original
+        memory, rows = job.memory, streams.calibration.original
         if not halve(streams, job.skeleton):
             raise no_room(job.plan.blocks[index].path, memory, rows.shape[1], job.device)
         points.note_halved()

@@ -37,7 +37,8 @@ from awqkit.model.producers import StoredProducer, store_producer
 from awqkit.model.structure import Fold, LinearInput
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.numerics.scale_summary import scale_summary
-from awqkit.numerics.statistics import Statistics, pooled, second_moment
+from awqkit.numerics.statistics import second_moment
+from awqkit.pipeline.block_statistics import BlockStatistics
 from awqkit.pipeline.context import BlockContext
 from awqkit.pipeline.expert_tokens import share_of_tokens
 from awqkit.recipe import Recipe
@@ -77,7 +78,7 @@ class Measured:
     row_weights: by linear, `[out]` or `[out, out]`, see `methods.evidence.Readers`.
     """
 
-    statistics: Mapping[str, Statistics]
+    statistics: BlockStatistics
     row_weights: Mapping[str, Tensor]
 
 
@@ -97,18 +98,15 @@ class ConsumerErrors:
     chosen_inputs: float = 0.0
 
 
-def choose_plainly(context: BlockContext, evidence: Mapping[str, Evidence]) -> Choice:
+def choose_plainly(context: BlockContext, originals: OriginalEvidences | None = None) -> Choice:
     """Plain rounding for every linear, no scales; the evidence only serves to report errors."""
     scaled = {view.name: ScaledWeight.unscaled(context.weight(view.name)) for view in context.structure.linears}
-    quantized = {
-        name: quantize_linear(
-            scaled[name],
-            evidence.get(context.structure.input_of(name).first),
-            replace(plan, clip="none", rounding="nearest", rounds=0),
-        )
-        for name, plan in context.block_plan.linears.items()
-        if plan.keep is None
-    }
+    quantized = {}
+    for name, plan in context.block_plan.linears.items():
+        if plan.keep is None:
+            evidence = None if originals is None else originals.brought(context.structure.input_of(name))
+            plainly = replace(plan, clip="none", rounding="nearest", rounds=0)
+            quantized[name] = quantize_linear(scaled[name], evidence, plainly)
     return Choice(scaled, quantized, ())
 
 
@@ -125,7 +123,8 @@ def restored_plainly(context: BlockContext) -> dict[str, RestoredLinear]:
 class OriginalEvidences(Mapping[str, Evidence]):
     """Evidence of every input on the original stream, by its first reader, made when it is first asked for.
 
-    An expert's is not kept: there may be hundreds. A rank makes what its own folds and linears ask for.
+    An expert's is not kept: there may be hundreds. A rank makes what its own folds and linears ask for, of experts in
+    chunks those whose chunk was brought.
     """
 
     def __init__(self, context: BlockContext, measured: Measured) -> None:
@@ -146,6 +145,11 @@ class OriginalEvidences(Mapping[str, Evidence]):
     def let_go(self) -> None:
         """Hold none of those made so far: with propagation the folds are all that asks for them."""
         self._made.clear()
+
+    def brought(self, entry: LinearInput) -> Evidence:
+        """That of an input, with its chunk if it is in one. All ranks at once."""
+        self._measured.statistics.bring([entry])
+        return self[entry.first]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -168,15 +172,18 @@ def choose(
     """Search every fold, quantize every linear in order of data flow, and undo folds whose consumers got worse.
 
     evidence_of(input, quantized): what the readers of an input are judged by, once all linears before it are quantized.
-    Undoing a fold takes up the work again where its s was first in use.
+    Undoing a fold takes up the work again where its s was first in use. Experts in chunks are done chunk by chunk.
     """
-    applied = _search_all(context, folds, measured, originals)
+    statistics, waiting = measured.statistics, _by_chunk(context, folds, measured.statistics)
+    applied = _search_all(context, waiting.pop(None, ()), measured, originals)
     entries = [entry for entry in context.structure.inputs if quantized_readers(context, entry)]
     quantized: dict[str, QuantizedLinear] = {}
     errors: dict[str, ConsumerErrors] = {}
     position, evidences = 0, dict[str, Callable[[], Evidence]]()
     while position < len(entries):
-        together = _independent(entries, position)
+        together = _independent(entries, position, statistics)
+        statistics.bring(together)
+        applied += _search_all(context, waiting.pop(statistics.chunk_of(together[0]), ()), measured, originals)
         if not evidences:
             evidences = {entry.first: evidence_of(entry, quantized) for entry in together}
         changed, at, again = set(_readers_of_all(context, together)), 0, None
@@ -201,15 +208,21 @@ def choose(
             for name in quantized_readers(context, later):
                 quantized.pop(name, None)
     every = [view.name for view in context.structure.linears]
+    order = {id(fold): position for position, (fold, _) in enumerate(folds)}
+    applied.sort(key=lambda found: order[id(found.fold)])
     return Choice(_scaled_weights(context, applied, every), quantized, tuple(applied))
 
 
-def _independent(entries: Sequence[LinearInput], position: int) -> list[LinearInput]:
-    """The input there, and if it is an expert's those after it as far as they are experts' too."""
-    end = position + 1
-    while entries[position].expert is not None and end < len(entries) and entries[end].expert is not None:
-        end += 1
-    return list(entries[position:end])
+def _independent(entries: Sequence[LinearInput], position: int, statistics: BlockStatistics) -> list[LinearInput]:
+    """The input there, and if it is an expert's those after it as far as they are experts' too, of the same chunk."""
+    found = [entries[position]]
+    for entry in entries[position + 1 :]:
+        if found[0].expert is None or entry.expert is None:
+            break
+        if statistics.chunk_of(entry) != statistics.chunk_of(found[0]):
+            break
+        found.append(entry)
+    return found
 
 
 def _readers_of_all(context: BlockContext, entries: Sequence[LinearInput]) -> list[str]:
@@ -403,6 +416,18 @@ def _search_all(
     return [AppliedFold(fold, *found) for (fold, _), found in zip(folds, results, strict=True)]
 
 
+def _by_chunk(
+    context: BlockContext, folds: Sequence[tuple[Fold, float]], statistics: BlockStatistics
+) -> dict[int | None, list[tuple[Fold, float]]]:
+    """The folds that lie inside experts of each chunk, which wait until that is brought; all others under None."""
+    found: dict[int | None, list[tuple[Fold, float]]] = {}
+    for fold, proof_error in folds:
+        ends = [*fold.consumers, *filter(None, [fold.producer_linear])]
+        chunks = {statistics.chunk_of(entry) for entry in context.structure.inputs_of(ends)}
+        found.setdefault(chunks.pop() if len(chunks) == 1 else None, []).append((fold, proof_error))
+    return found
+
+
 def _search(
     context: BlockContext,
     fold: Fold,
@@ -412,11 +437,11 @@ def _search(
 ) -> AppliedFold:
     consumers = [name for name in fold.consumers if not context.kept(name)]
     entries = context.structure.inputs_of(consumers)
-    recipe, statistics = context.recipe, measured.statistics[entries[0].first]
-    readers = readers_named(context, consumers, measured)
-    evidence = originals[entries[0].first] if len(entries) == 1 else None
-    if evidence is None:  # one s for what several tensors are made of: all their tokens, as often as they are read
-        statistics = pooled([measured.statistics[entry.first] for entry in entries])
+    recipe, readers = context.recipe, readers_named(context, consumers, measured)
+    if len(entries) == 1 and measured.statistics.has(entries[0].first):
+        statistics, evidence = measured.statistics[entries[0].first], originals[entries[0].first]
+    else:  # one s for what several tensors are made of: all their tokens, as often as they are read
+        statistics = measured.statistics.pooled(entries)
         readers = replace(readers, row_weights=tuple(row_weights_of(context, consumers, measured)))
         choices = metric_choices(recipe) if context.plan.linears[0].needs_factor else None
         evidence = original_evidence(statistics, readers, choices)
@@ -478,7 +503,7 @@ def _stored(
     for position, each in enumerate((exact, rounded)):
         for name, row_weight in zip(kept, weights, strict=True):
             scale = consumer_scale(each.channel_scale, fold.channel_of[name])
-            moment = second_moment(measured.statistics[context.structure.input_of(name).first])
+            moment = second_moment(measured.statistics.stand_in(context.structure.input_of(name).first))
             costs[position] += storage_cost(context.weight(name), scale, moment, row_weight, context.plan.stored_dtype)
     return (rounded, ROUNDED) if costs[1] < costs[0] else (exact, EXACT)
 
