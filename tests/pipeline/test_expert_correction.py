@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_the_pairs_are_those_of_the_router_and_every_expert_gets_their_correctio
     propagated, quantize_linear = block_step.propagated_evidence, search_block.quantize_linear
 
     def remembered(paired: PairedStatistics, *rest: Any, **named: Any) -> Evidence:
-        made.append((paired, propagated(paired, *rest, **named)))
+        made.append((deepcopy(paired), propagated(paired, *rest, **named)))  # which takes the buffers of `paired`
         return made[-1][1]
 
     def noted(scaled: Any, evidence: Any, plan: Any, *rest: Any) -> Any:

@@ -160,7 +160,8 @@ def test_fewer_tokens_where_memory_is_short() -> None:
     llama = BlockMemory(weights=810 << 20, statistics=700 << 20, search=2 << 30, token=312_000)
     assert fitting_tokens(llama, cpu, None) == fitting_tokens(llama, cpu, 16e9) == 4096
     assert fitting_tokens(llama, gpu, 80e9) == 8192
-    assert fitting_tokens(llama, gpu, 11e9) == 4096
+    assert fitting_tokens(llama, gpu, 11e9) == 8192
+    assert fitting_tokens(llama, gpu, 7e9) == 4096
     assert fitting_tokens(llama, gpu, 1e9) == 1  # whose batches are single rows
     small = BlockMemory(weights=10 << 20, statistics=10 << 20, search=50 << 20, token=30_000)
     assert fitting_tokens(small, gpu, 80e9) == 32768

@@ -12,7 +12,7 @@ from tiny_contexts import CPU, block_context, current, hidden_states, quantized_
 from tiny_models import tiny_model
 
 from awqkit import Recipe
-from awqkit.pipeline import stopped_rows
+from awqkit.pipeline import free_memory, stopped_rows
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.context import BlockContext
 from awqkit.pipeline.stopped_rows import StoppedRows
@@ -90,8 +90,12 @@ def test_they_wait_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     context = block_context(tiny_model("llama"))
     rows = hidden_states(context.skeleton, ROWS)
     needed = 4 * 5 * 12 * (rows.shape[2] + max(entry.num_channels for entry in context.structure.inputs))
-    for free, fits in ((needed / 0.29, True), (needed / 0.31, False), (None, False)):
-        monkeypatch.setattr(stopped_rows, "free_bytes", lambda device, free=free: free)
+    searching = context.memory.search + rows.tokens_per_batch * context.memory.token
+    plenty = needed / 0.29 + searching
+    assert needed / 0.31 < needed + searching - 1  # here what is spared for the search decides
+    cases = ((plenty, True), (needed + searching - 1, False), (needed / 0.31, False), (None, False))
+    for free, fits in cases:
+        monkeypatch.setattr(free_memory, "free_bytes", lambda device, free=free: free)
         assert stopped_rows._fits(context, rows) is fits
 
 

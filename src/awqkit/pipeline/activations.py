@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awqkit.model.block_calls import BlockCall, Carried, mapped
 from awqkit.model.skeleton import Skeleton
-from awqkit.pipeline.free_memory import free_bytes
+from awqkit.pipeline.free_memory import is_spare
 from awqkit.pipeline.kept_states import KeptBeside
 from awqkit.pipeline.marked_states import MarkedStates
 from awqkit.pipeline.row_parts import OwnRows
@@ -56,7 +56,8 @@ class HiddenStates:
 
     A model with several residual streams has a dimension more. What blocks hand on beside them goes with them.
     tokens_per_batch: how many tokens a batch holds at most (one row at least); None for as many as suit the device.
-    num_streams: about how many of this size there will be; together they leave the device room for the work itself.
+    num_streams: about how many of this size there will be; together they leave the device room for the work itself,
+    `reserved` bytes at least.
     own: which of all rows these are, where there are several ranks or parts; no batch has rows of two parts.
     """
 
@@ -68,6 +69,7 @@ class HiddenStates:
         *,
         tokens_per_batch: int | None = None,
         num_streams: int = 1,
+        reserved: float = 0.0,
         own: OwnRows | None = None,
     ) -> None:
         self._device, self._mask, self._rows = device, rows.mask, rows
@@ -80,7 +82,7 @@ class HiddenStates:
         self._states: Tensor | None = None if self._batches else torch.empty(0, rows.ids.shape[1], 1)
         for part, started in zip(self._batches, skeleton.start(self._split(rows), device), strict=True):
             if self._states is None:
-                self._states = _place(rows.ids.shape, started.hidden.shape[2:], device, num_streams)
+                self._states = _place(rows.ids.shape, started.hidden.shape[2:], device, num_streams, reserved)
             self._states[part] = started.hidden.to(self._states.device)
             self._calls[part.start] = self._sharing(started.calls)
 
@@ -236,7 +238,7 @@ def _batches(shape: torch.Size, tokens_per_batch: int, ends: Sequence[int]) -> I
             yield slice(start, min(start + step, end))
 
 
-def _place(shape: torch.Size, width: torch.Size, device: torch.device, num_streams: int) -> Tensor:
+def _place(shape: torch.Size, width: torch.Size, device: torch.device, num_streams: int, reserved: float) -> Tensor:
     size_bytes = shape.numel() * width.numel() * 4 * num_streams
-    fits = device.type == "cuda" and size_bytes <= _DEVICE_SHARE * (free_bytes(device) or 0.0)
+    fits = device.type == "cuda" and is_spare(size_bytes, _DEVICE_SHARE, reserved, device)
     return torch.empty(*shape, *width, device=device if fits else "cpu")

@@ -14,7 +14,7 @@ from awqkit.pipeline.activations import usual_tokens_per_batch
 from awqkit.pipeline.plan import RunPlan
 from awqkit.recipe import Recipe
 
-_SHARE = 0.5  # of the free memory, for a block with a batch; the rest is for what is kept of all rows
+_SHARE = 0.5  # of the memory that a block leaves, for a batch; the rest is for what is kept of all rows
 _EXPERTS_SHARE = 0.25  # of the free memory, for the statistics of a block's experts
 _BATCH_BYTES = 2.6e9  # beyond it a GPU computes no faster: 8192 tokens of a block with hidden states of 4096
 _METRIC_COPIES = 4  # of the widest H: damped, inverse, factor, and one on the way
@@ -117,7 +117,7 @@ def fitting_tokens(memory: BlockMemory, device: torch.device, free: float | None
     if memory.token == 0:
         return usual
     wanted = min(usual, _BATCH_BYTES / memory.token) if device.type == "cuda" else float(usual)
-    room = wanted if free is None else (_SHARE * free - memory.fixed) / memory.token
+    room = wanted if free is None else _SHARE * (free - memory.fixed) / memory.token
     tokens = max(1, int(min(wanted, room)))
     return usual if tokens >= usual else 1 << tokens.bit_length() - 1
 

@@ -139,7 +139,9 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
     if any(recipe.propagates for recipe in recipes):
         rows, tokens = original.shape[:2]
         entries = [entry for entry in context.structure.inputs if entry.expert is None]
-        kept = KeptInputs(entries, rows, tokens, context.device)
+        memory = context.memory
+        reserved = memory.statistics + memory.search + original.tokens_per_batch * memory.token
+        kept = KeptInputs(entries, rows, tokens, context.device, reserved)
     row_weights: Mapping[str, Tensor] = {}
     if gradients is not None:
         felt = partial(gradients.beside, index)

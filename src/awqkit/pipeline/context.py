@@ -12,6 +12,7 @@ from awqkit.model.matrices import matrix_of
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
 from awqkit.pipeline.activations import HiddenStates
+from awqkit.pipeline.block_memory import BlockMemory, block_memory
 from awqkit.pipeline.end_gradients import EndGradients
 from awqkit.pipeline.plan import BlockPlan, RunPlan
 from awqkit.pipeline.ranks import Ranks
@@ -92,6 +93,11 @@ class BlockContext:
     def device(self) -> torch.device:
         """Where the block computes."""
         return self.plan.probe.hidden.device
+
+    @property
+    def memory(self) -> BlockMemory:
+        """What the largest block of the run needs."""
+        return block_memory(self.skeleton, self.plan, self.recipe, self.experts_at_once)
 
     def weight(self, linear: str) -> Tensor:
         """The original float32 weight `[out, in]` of a linear."""

@@ -24,6 +24,12 @@ def free_bytes(device: torch.device) -> float | None:
         return None
 
 
+def is_spare(needed: float, share: float, reserved: float, device: torch.device) -> bool:
+    """Whether `needed` bytes are no more than a share of what is free, and leave `reserved` bytes of it."""
+    free = free_bytes(device)
+    return free is not None and needed <= min(share * free, free - reserved)
+
+
 def _index(device: torch.device) -> int:
     """What torch's fractions go by: they take no device without a number."""
     return torch.cuda.current_device() if device.index is None else device.index

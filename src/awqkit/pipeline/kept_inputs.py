@@ -17,12 +17,14 @@ from awqkit.pipeline.ranks import Ranks
 
 
 class KeptInputs:
-    """`[rows, tokens, channels]` bfloat16 for every input, by its first reader."""
+    """`[rows, tokens, channels]` bfloat16 for every input, by its first reader. reserved: as `kept_states` takes it."""
 
-    def __init__(self, entries: Sequence[LinearInput], rows: int, tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, entries: Sequence[LinearInput], rows: int, tokens: int, device: torch.device, reserved: float = 0.0
+    ) -> None:
         self._device = device
         shapes = [torch.Size((rows, tokens, entry.num_channels)) for entry in entries]
-        kept = kept_states(shapes, device)
+        kept = kept_states(shapes, device, reserved=reserved)
         self._kept = {entry.first: states for entry, states in zip(entries, kept, strict=True)}
         self._latest: dict[str, Tensor] = {}
         self._source: dict[str, str] = {}

@@ -11,18 +11,21 @@ from torch import Tensor
 
 from awqkit.checkpoint.output import refuse_full_disk
 from awqkit.model.block_calls import Carried, leaves, mapped
-from awqkit.pipeline.free_memory import free_bytes
+from awqkit.pipeline.free_memory import is_spare
 
 SCRATCH = "temporary files of the run (TMPDIR) need"
 _DEVICE_SHARE = 0.3  # of the free device memory
 
 
 def kept_states(
-    shapes: Sequence[torch.Size], device: torch.device, dtype: torch.dtype = torch.bfloat16
+    shapes: Sequence[torch.Size], device: torch.device, dtype: torch.dtype = torch.bfloat16, reserved: float = 0.0
 ) -> list[Tensor]:
-    """One tensor per shape, without values yet; all of them in the same place. Raises OutputError for a full disk."""
+    """One tensor per shape, without values yet; all of them in the same place. Raises OutputError for a full disk.
+
+    reserved: bytes that are to stay free on a GPU.
+    """
     needed_bytes = dtype.itemsize * sum(shape.numel() for shape in shapes)
-    if device.type == "cuda" and needed_bytes <= _DEVICE_SHARE * (free_bytes(device) or 0.0):
+    if device.type == "cuda" and is_spare(needed_bytes, _DEVICE_SHARE, reserved, device):
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     folder = Path(tempfile.gettempdir())
     refuse_full_disk(folder, needed_bytes, SCRATCH)  # else writing to the mapped file would end the process

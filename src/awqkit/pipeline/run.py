@@ -223,7 +223,15 @@ def _streams(
         nonlocal done
         done = 0
         return start_streams(
-            job.skeleton, job.recipe, rows, held_out, job.device, step, tokens_per_batch=tokens, ranks=job.ranks
+            job.skeleton,
+            job.recipe,
+            rows,
+            held_out,
+            job.device,
+            step,
+            tokens_per_batch=tokens,
+            reserved=memory.with_tokens(tokens),
+            ranks=job.ranks,
         )
 
     def smaller() -> int:

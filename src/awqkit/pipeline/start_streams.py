@@ -27,12 +27,13 @@ def start_streams(
     step: Callable[[int], None],
     num_streams: int = 1,
     tokens_per_batch: int | None = None,
+    reserved: float = 0.0,
     ranks: Ranks | None = None,
 ) -> Streams:
     """All streams that the recipe needs. step(block): called after each block of the pass for end-loss gradients.
 
-    rows, held_out: all of them, of which each rank takes its own. num_streams: see `HiddenStates`. tokens_per_batch:
-    None for as many as suit the device.
+    rows, held_out: all of them, of which each rank takes its own. num_streams, reserved: see `HiddenStates`.
+    tokens_per_batch: None for as many as suit the device.
     """
     usual = tokens_per_batch or usual_tokens_per_batch(device)
     ranks = ranks or Ranks.alone(device)
@@ -42,7 +43,13 @@ def start_streams(
     def stream(part: TokenRows, batch_divisor: int = 1) -> Stream:
         tokens, of_part = max(1, usual // batch_divisor), own_rows(len(part.ids), ranks)
         original = HiddenStates(
-            skeleton, part.rows(of_part.rows), device, tokens_per_batch=tokens, num_streams=num_streams, own=of_part
+            skeleton,
+            part.rows(of_part.rows),
+            device,
+            tokens_per_batch=tokens,
+            num_streams=num_streams * (2 if recipe.propagates else 1),
+            reserved=reserved,
+            own=of_part,
         )
         return Stream(original, original.copy() if recipe.propagates else None)
 

@@ -12,7 +12,7 @@ from awqkit.model.stopping_run import Finished, Stop, Stopped, StoppingRun
 from awqkit.model.structure import LinearInput
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.context import BlockContext
-from awqkit.pipeline.free_memory import free_bytes
+from awqkit.pipeline.free_memory import is_spare
 from awqkit.pipeline.quantized_block import weights_replaced
 
 _SHARE = 0.3  # of the free memory that stopped rows may take
@@ -86,6 +86,7 @@ class StoppedRows:
 
 def _fits(context: BlockContext, rows: HiddenStates) -> bool:
     """Whether there is room for all rows between two linears: the residual and the widest input, float32."""
-    free = free_bytes(context.device)
+    memory = context.memory
     width = rows.shape[2:].numel() + max(entry.num_channels for entry in context.structure.inputs)
-    return free is not None and 4.0 * rows.shape[:2].numel() * width <= _SHARE * free
+    reserved = memory.search + rows.tokens_per_batch * memory.token
+    return is_spare(4.0 * rows.shape[:2].numel() * width, _SHARE, reserved, context.device)
