@@ -22,7 +22,7 @@ from awqkit.decisions import ENOUGH_TOKENS
 from awqkit.events import ignore_events
 from awqkit.formats.format import FORMATS
 from awqkit.numerics.statistics import Statistics, second_moment
-from awqkit.pipeline import block_step, compare, observe_block, search_block
+from awqkit.pipeline import block_step, compare, observe_block, search_block, smaller_batches
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_memory import BlockMemory, block_memory, fitting_experts
 from awqkit.pipeline.block_statistics import BlockStatistics
@@ -276,6 +276,26 @@ def test_a_run_that_goes_on_has_the_chunks_that_it_began_with(tmp_path: Path, mo
     run("out", None, stop=None)
     assert counts == [1] * 4
     assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
+
+
+def test_a_block_whose_chunk_runs_out_of_memory_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _at_once(1, monkeypatch)
+    monkeypatch.setattr(smaller_batches, "may_run_out", lambda device: True)
+    monkeypatch.setattr(pipeline_run, "fitting_tokens", lambda *given: 96)
+    whole = run_on(_model(), tmp_path, BALANCED, rows=ROWS, out="whole")
+    monkeypatch.setattr(pipeline_run, "fitting_tokens", lambda *given: 192)
+    summed, calls = observe_block._summed, list[bool]()
+
+    def failing(*given: Any, moves_on: bool) -> Any:
+        calls.append(moves_on)
+        if len(calls) == 3:  # the second chunk of the first block
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return summed(*given, moves_on=moves_on)
+
+    monkeypatch.setattr(observe_block, "_summed", failing)
+    done = run_on(_model(), tmp_path, BALANCED, rows=ROWS)
+    assert calls == [True, False, False, *([True, False, False, False, False] * NUM_BLOCKS)]
+    assert _contents(done.directory) == _contents(whole.directory)
 
 
 def test_a_comparison_goes_by_chunks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
