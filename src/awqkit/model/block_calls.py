@@ -71,6 +71,11 @@ class BlockCall:
         kwargs = {name: mapped(value, change) for name, value in self.kwargs.items()}
         return replace(self, args=tuple(mapped(value, change) for value in self.args), kwargs=kwargs)
 
+    def passes_the_same(self, other: BlockCall) -> bool:
+        """Whether both calls pass equal tensors, in equal places among equal numbers, flags and words."""
+        own = (self.args, dict(self.kwargs), self.wanted, self.hands, self.ahead)
+        return _same(own, (other.args, dict(other.kwargs), other.wanted, other.hands, other.ahead))
+
     def sharing(self, like: BlockCall, otherwise: Callable[[Tensor], Tensor]) -> BlockCall:
         """The call with `like`'s tensors in the place of equal ones of its own, and the other ones changed."""
         known = iter([*_tensors_of(like), *[None] * len(_tensors_of(self))])
@@ -152,6 +157,21 @@ def _tensors_of(call: BlockCall) -> list[Tensor]:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.to(other.device), other)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are one object, or are made of equal tensors and plain values; another kind never is."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return _equal(one, other)
+    if type(one) in (tuple, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if type(one) is dict:
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return isinstance(one, (bool, int, float, str, Wanted)) and one == other
 
 
 def _check(carried: Carried, rows: int) -> None:
