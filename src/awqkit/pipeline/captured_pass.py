@@ -19,7 +19,7 @@ from awqkit.pipeline.tunable_block import TunableBlock
 class BlocksPass:
     """The blocks' forward and backward pass over one batch after the other.
 
-    recompute: as `TunableBlock` takes it. Whatever was captured computes what runs without it.
+    recompute: as `TunableBlock` takes it. A pass that is replayed computes what it would if it were run.
     """
 
     def __init__(self, blocks: Sequence[TunableBlock], *, recompute: bool = False) -> None:
