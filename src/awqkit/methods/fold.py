@@ -146,9 +146,9 @@ def _search_smoothing(
 def _chosen(tried: Sequence[Candidate], best: Tensor, unit_of_channel: Tensor, tied: Tied) -> ChannelScale:
     scale = torch.stack([candidate.channel_scale for candidate in tried])
     chosen = scale.gather(0, best[unit_of_channel].unsqueeze(0)).squeeze(0)
-    # a place more, for channels whose s stays 1
-    place = torch.where(tied.channel_of >= 0, tied.channel_of, tied.num_producer_channels)
-    per_channel = torch.ones(tied.num_producer_channels + 1, device=scale.device).scatter_(0, place, chosen)[:-1]
+    # a place more, which −1 stands for
+    per_channel = torch.ones(tied.num_producer_channels + 1, device=scale.device)
+    per_channel = per_channel.scatter_(0, tied.channel_of % len(per_channel), chosen)[:-1]
     return ChannelScale(per_channel, _summary(tried, best, per_channel))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -76,16 +76,6 @@ class BlockCall:
         own = (self.args, dict(self.kwargs), self.wanted, self.hands, self.ahead)
         return _same(own, (other.args, dict(other.kwargs), other.wanted, other.hands, other.ahead))
 
-    def sharing(self, like: BlockCall, otherwise: Callable[[Tensor], Tensor]) -> BlockCall:
-        """The call with `like`'s tensors in the place of equal ones of its own, and the other ones changed."""
-        known = iter([*_tensors_of(like), *[None] * len(_tensors_of(self))])
-
-        def shared(value: Tensor) -> Tensor:
-            other = next(known)
-            return other if other is not None and _equal(value, other) else otherwise(value)
-
-        return self.changed(shared)
-
 
 @dataclass(frozen=True, slots=True)
 class BlockInputs:
@@ -93,6 +83,32 @@ class BlockInputs:
 
     hidden: Tensor
     calls: tuple[BlockCall, ...]
+
+
+def sharing(
+    calls: Sequence[BlockCall], likes: Sequence[BlockCall], otherwise: Callable[[Tensor], Tensor]
+) -> tuple[BlockCall, ...]:
+    """The calls with the tensors of `likes` in the places of equal ones of their own, and the other ones changed.
+
+    What all blocks of a model are called with is compared, or changed, once.
+    """
+    chosen: dict[tuple[int, int], Tensor] = {}
+
+    def shared(call: BlockCall, like: BlockCall) -> BlockCall:
+        known = iter([*_tensors_of(like), *[None] * len(_tensors_of(call))])
+
+        def share(value: Tensor) -> Tensor:
+            other = next(known)
+            if other is None:
+                return otherwise(value)
+            pair = id(value), id(other)
+            if pair not in chosen:
+                chosen[pair] = other if _equal(value, other) else otherwise(value)
+            return chosen[pair]
+
+        return call.changed(share)
+
+    return tuple(map(shared, calls, likes))
 
 
 def hand_on(block: Callable[..., Any], hidden: Tensor, call: BlockCall) -> Handed:
