@@ -95,8 +95,8 @@ def _arguments() -> argparse.Namespace:
 def _rows(model: Path, calibration: Path, samples: int) -> Tensor:
     encoder = load_text_encoder(model)
     return pack_rows(
-        read_documents(str(calibration)).texts, encoder.encode, samples=samples, held_out=0, seq_len=SEQ_LEN, seed=0,
-        start_tokens=encoder.start_tokens, source="calibration",
+        read_documents(str(calibration)).texts, encoder.encode_all, samples=samples, held_out=0, seq_len=SEQ_LEN,
+        seed=0, start_tokens=encoder.start_tokens, source="calibration",
     ).calibration  # fmt: skip
 
 

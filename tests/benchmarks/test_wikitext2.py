@@ -20,7 +20,7 @@ from awqkit.model.transformers_bridge import TextEncoder
 
 def encoder(*start: int) -> TextEncoder:
     """One token a character."""
-    return TextEncoder(lambda text: [ord(letter) for letter in text], start, None)
+    return TextEncoder(lambda texts: [[ord(letter) for letter in text] for text in texts], start, None)
 
 
 @pytest.mark.parametrize("module", [published, wikitext2], ids=lambda module: module.__name__)

@@ -15,6 +15,10 @@ def encode(text: str) -> list[int]:
     return [ord(character) for character in text]
 
 
+def encode_all(texts: list[str]) -> list[list[int]]:
+    return [encode(text) for text in texts]
+
+
 def rows_by_loop(documents, samples, held_out, seq_len, seed, start_tokens):
     """The rule of rows.py in plain lists; also how many documents have a token in a chosen row."""
     stream = [(token, number) for number, document in enumerate(documents) for token in encode(document)]
@@ -48,9 +52,9 @@ def test_rows_follow_the_rule(documents, samples, held_out, seq_len, seed, start
     calibration, rest, documents_used = rows_by_loop(documents, **arguments)
     if len(calibration) < samples:
         with pytest.raises(CalibrationError):
-            pack_rows(documents, encode, source="text", **arguments)
+            pack_rows(documents, encode_all, source="text", **arguments)
         return
-    rows = pack_rows(documents, encode, source="text", **arguments)
+    rows = pack_rows(documents, encode_all, source="text", **arguments)
     assert rows.calibration.tolist() == calibration
     assert rows.held_out.tolist() == rest
     assert rows.held_out.shape == (len(rest), seq_len)
@@ -64,23 +68,23 @@ def test_rows_follow_the_rule(documents, samples, held_out, seq_len, seed, start
     assert summary.tokens_left >= 0
 
 
-def test_one_document_is_encoded_in_one_call():
+def test_all_documents_are_encoded_in_one_call():
     calls = []
     pack_rows(
-        ["a" * 100],
-        lambda text: calls.append(text) or encode(text),
+        ["a" * 60, "b" * 40],
+        lambda texts: calls.append(texts) or encode_all(texts),
         samples=2,
         held_out=0,
         seq_len=10,
         seed=0,
         source="text",
     )
-    assert calls == ["a" * 100]
+    assert calls == [["a" * 60, "b" * 40]]
 
 
 def test_too_little_text_says_how_much_is_needed():
     with pytest.raises(CalibrationError) as caught:
-        pack_rows(["a" * 17], encode, samples=3, held_out=1, seq_len=7, seed=0, start_tokens=(9,), source="few.txt")
+        pack_rows(["a" * 17], encode_all, samples=3, held_out=1, seq_len=7, seed=0, start_tokens=(9,), source="few.txt")
     message = str(caught.value)
     assert "few.txt: 17 tokens found" in message
     assert "3 rows of 7 tokens need 18" in message
@@ -88,7 +92,7 @@ def test_too_little_text_says_how_much_is_needed():
 
 
 def test_held_out_rows_are_as_many_as_there_are():
-    rows = pack_rows(["a" * 34], encode, samples=2, held_out=8, seq_len=10, seed=0, source="text")
+    rows = pack_rows(["a" * 34], encode_all, samples=2, held_out=8, seq_len=10, seed=0, source="text")
     assert rows.summary.held_out_rows == len(rows.held_out) == 1
     assert rows.summary.tokens_left == 4
 
@@ -96,7 +100,7 @@ def test_held_out_rows_are_as_many_as_there_are():
 @pytest.mark.parametrize("samples, held_out", [(0, 1), (1, -1)])
 def test_impossible_counts_are_refused(samples, held_out):
     with pytest.raises(CalibrationError, match="at least 1 and 0"):
-        pack_rows(["abc"], encode, samples=samples, held_out=held_out, seq_len=2, seed=0, source="text")
+        pack_rows(["abc"], encode_all, samples=samples, held_out=held_out, seq_len=2, seed=0, source="text")
 
 
 def test_start_tokens_must_leave_room():
@@ -105,10 +109,10 @@ def test_start_tokens_must_leave_room():
 
 
 def test_stream_knows_where_documents_end():
-    stream = token_stream(["ab", "", "c"], encode)
+    stream = token_stream(["ab", "", "c"], encode_all)
     assert stream.ids.tolist() == encode("abc")
     assert stream.document_ends.tolist() == [2, 2, 3]
-    assert token_stream([], encode).ids.shape == (0,)
+    assert token_stream([], encode_all).ids.shape == (0,)
 
 
 def test_rows_of_different_lengths_are_padded_and_masked():

@@ -64,7 +64,7 @@ def test_held_out_text_is_long_enough(tokenizer):
 def test_perplexity_on_held_out_text(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
     texts = [text[:4000] for text in module_sources(HELD_OUT_MODULES)]
-    stream = token_stream(texts, lambda text: tokenizer.encode(text, add_special_tokens=False))
+    stream = token_stream(texts, lambda each: tokenizer(each, add_special_tokens=False)["input_ids"])
     rows = cut_windows(stream.ids, 512, (tokenizer.bos_token_id,))[:12]
     logits = model(rows[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())

@@ -81,7 +81,7 @@ def test_steps_are_told_and_a_full_device_gets_fewer_at_once(monkeypatch: pytest
             raise torch.OutOfMemoryError("no room")
         return sample(model, rows, *rest)
 
-    monkeypatch.setattr(generate, "_AT_ONCE", 8)
+    monkeypatch.setitem(generate._AT_ONCE, "cpu", 8)
     monkeypatch.setattr(generate, "sample_tokens", short_of_memory)
     rows = generate_rows(model, 64, num_rows=5, seq_len=6, seed=0, step=lambda *now: told.append(now))
     assert rows.shape == (5, 6) and sizes == [5, 4, 2, 2, 1]

@@ -15,11 +15,10 @@ from awqkit import Recipe
 from awqkit.model.block_calls import hand_on, leaves
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import dequantize
-from awqkit.pipeline import tune as tune_module
 from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.captured_pass import BlocksPass
 from awqkit.pipeline.end_gradients import measure_end_gradients
 from awqkit.pipeline.sensitivity import measure_sensitivity
-from awqkit.pipeline.tune import TuningRows
 from awqkit.pipeline.tuning_stage import tunable_block
 
 FAMILIES = [*HANDING_ON]
@@ -139,9 +138,10 @@ def test_tuned_blocks_hand_on_differentiably(family: str, recompute: bool) -> No
         blocks.append(tunable_block(context, result))
         last = context
     rows = hidden_states(last.skeleton, ROWS[:4])
+    run, (_, first, calls, _) = BlocksPass(blocks, recompute=recompute), rows.batch(0)
     with torch.enable_grad():
-        _, hidden, _ = tune_module._through(blocks, TuningRows(TokenRows(ROWS[:4]), rows, rows), 0, recompute)
-        hidden.square().sum().backward()
+        hidden = run.forward(first, calls)
+    run.backward(hidden, 2 * hidden.detach())
     assert all(bool(leaf.grad.isfinite().all()) for block in blocks for leaf in block.leaves if leaf.grad is not None)
     streams = hidden_states(last.skeleton, ROWS[:4])
     for index, block in enumerate(blocks):

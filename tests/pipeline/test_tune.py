@@ -23,8 +23,9 @@ from awqkit.numerics.grid import dequantize
 from awqkit.pipeline import tune as tune_module
 from awqkit.pipeline import tuning_stage
 from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.captured_pass import BlocksPass
 from awqkit.pipeline.tunable_block import TunableBlock, kept_bytes
-from awqkit.pipeline.tune import STEPPING, Stepping, TuningRows, tune
+from awqkit.pipeline.tune import STEPPING, Head, Stepping, TuningRows, tune
 from awqkit.pipeline.tuning_stage import tunable_block
 
 GPT2 = {"model_type": "gpt2", "n_inner": MLP_WIDTH}  # its weights are turned
@@ -204,14 +205,15 @@ def test_tuning_that_has_no_room_is_left_out_and_said(tmp_path: Path, monkeypatc
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_step_descends_the_mean_kl_of_its_real_tokens() -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 2])
+def test_a_step_descends_the_mean_kl_of_its_real_tokens(rows_at_once: int) -> None:
     ids = token_ids(2, 24)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 15:] = False
     skeleton, blocks, rows = _quantized(ids, "rows")
     padded = TuningRows(TokenRows(ids, mask), hidden_states(skeleton, ids, mask), rows.last)
     with skeleton.head(CPU) as head:
-        tune_module._backward(head, blocks, padded, 0, False)
+        tune_module._backward(Head(head, rows_at_once), BlocksPass(blocks), padded, 0)
         found = [leaf.grad.clone() for block in blocks for leaf in block.leaves]
         for block in blocks:
             for leaf in block.leaves:

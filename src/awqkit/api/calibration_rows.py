@@ -43,7 +43,7 @@ def text_rows(
     documents = read_documents(source, render_chat=encoder.render_chat, exclude=exclude_modules)
     rows = pack_rows(
         documents.texts,
-        encoder.encode,
+        encoder.encode_all,
         samples=recipe.samples,
         held_out=max(1, recipe.samples // _HELD_OUT_SHARE),
         seq_len=recipe.seq_len,

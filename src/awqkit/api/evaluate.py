@@ -86,7 +86,7 @@ def text_windows(
     texts: tuple[str, ...], encoder: TextEncoder, seq_len: int, max_windows: int | None, label: str
 ) -> Windows:
     """The windows of a text. Raises CalibrationError where it is shorter than one."""
-    stream = token_stream(texts, encoder.encode)
+    stream = token_stream(texts, encoder.encode_all)
     windows = Windows(cut_windows(stream.ids, seq_len, encoder.start_tokens), max_windows)
     if len(windows.used) == 0:
         raise CalibrationError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,10 @@ def _open_plain(plain: PlainModel, name: str, device: torch.device, needs_logits
                 f"{name} has no tokenizer to read text with: give token rows, lists of ids of one length, or "
                 "PlainModel(encode=...), a function from text to ids"
             )
-        return TextEncoder(lambda text: list(plain.encode(text)), tuple(plain.start_tokens), None)
+
+        def encode_all(texts: Sequence[str]) -> list[list[int]]:
+            return [list(plain.encode(text)) for text in texts]
+
+        return TextEncoder(encode_all, tuple(plain.start_tokens), None)
 
     return GivenModel(name, source, skeleton, None, encoder)

@@ -48,9 +48,12 @@ class TokenStream:
     document_ends: Tensor
 
 
-def token_stream(documents: Iterable[str], encode: Callable[[str], Sequence[int]]) -> TokenStream:
-    """The tokens of the documents, joined by nothing; `encode` adds no special tokens."""
-    parts = [torch.tensor(encode(document), dtype=torch.int64) for document in documents]
+EncodeAll = Callable[[Sequence[str]], Iterable[Sequence[int]]]  # each text's ids, without special tokens
+
+
+def token_stream(documents: Iterable[str], encode_all: EncodeAll) -> TokenStream:
+    """The tokens of the documents, joined by nothing."""
+    parts = [torch.tensor(ids, dtype=torch.int64) for ids in encode_all(list(documents))]
     lengths = torch.tensor([len(part) for part in parts], dtype=torch.int64)
     ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
     return TokenStream(ids, lengths.cumsum(0))
@@ -70,7 +73,7 @@ def cut_windows(ids: Tensor, seq_len: int, start_tokens: Sequence[int] = ()) -> 
 
 def pack_rows(
     documents: Iterable[str],
-    encode: Callable[[str], Sequence[int]],
+    encode_all: EncodeAll,
     *,
     samples: int,
     held_out: int,
@@ -81,14 +84,13 @@ def pack_rows(
 ) -> Rows:
     """`samples` calibration rows and up to `held_out` held-out rows, by the rule at the top of this file.
 
-    `encode` gives the ids of one document without special tokens. `source` names the text in the summary and
-    in messages. Fewer held-out rows than asked for are not an error: the summary has their number.
-    Raises CalibrationError where the text has fewer than `samples` windows.
+    `source` names the text in the summary and in messages. Fewer held-out rows than asked for are not an error: the
+    summary has their number. Raises CalibrationError where the text has fewer than `samples` windows.
     """
     if samples < 1 or held_out < 0:
         raise CalibrationError(f"{samples} calibration and {held_out} held-out rows: at least 1 and 0 are needed")
     window = _window_length(seq_len, start_tokens)
-    stream = token_stream(documents, encode)
+    stream = token_stream(documents, encode_all)
     windows = cut_windows(stream.ids, seq_len, start_tokens)
     if len(windows) < samples:
         raise CalibrationError(

@@ -30,9 +30,10 @@ def pack_columns(codes: Tensor) -> Tensor:
     if codes.numel() and int(codes.max()) > 15:
         raise ValueError(f"a code is {int(codes.max())}, 4 bits hold 0 to 15")
     rows, columns = codes.shape
-    words = codes.reshape(rows, columns // CODES_PER_WORD, CODES_PER_WORD)
-    packed = words[..., _LOW] | (words[..., _HIGH] << 4)
-    return packed.reshape(rows, columns // 2).view(torch.int32)
+    # column 4i + 2j + k of a word is half j of byte 2k + i
+    halves = codes.reshape(rows, columns // CODES_PER_WORD, 2, 2, 2)
+    packed = halves[..., 0, :] | (halves[..., 1, :] << 4)
+    return packed.transpose(-1, -2).reshape(rows, columns // 2).view(torch.int32)
 
 
 def unpack_columns(words: Tensor) -> Tensor:

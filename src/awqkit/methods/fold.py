@@ -23,7 +23,7 @@ from awqkit.numerics.channel_scale import (
     tied_mean,
 )
 from awqkit.numerics.histogram import counts_at
-from awqkit.numerics.output_error import moment_diagonal, weighted_error
+from awqkit.numerics.output_error import moment_diagonal, summed_error, weighted_error
 from awqkit.numerics.statistics import Statistics, second_moment
 
 
@@ -146,9 +146,9 @@ def _search_smoothing(
 def _chosen(tried: Sequence[Candidate], best: Tensor, unit_of_channel: Tensor, tied: Tied) -> ChannelScale:
     scale = torch.stack([candidate.channel_scale for candidate in tried])
     chosen = scale.gather(0, best[unit_of_channel].unsqueeze(0)).squeeze(0)
-    per_channel = torch.ones(tied.num_producer_channels, device=scale.device)
-    held = tied.channel_of >= 0
-    per_channel[tied.channel_of[held]] = chosen[held]
+    # a place more, which −1 stands for
+    per_channel = torch.ones(tied.num_producer_channels + 1, device=scale.device)
+    per_channel = per_channel.scatter_(0, tied.channel_of % len(per_channel), chosen)[:-1]
     return ChannelScale(per_channel, _summary(tried, best, per_channel))
 
 
@@ -160,6 +160,7 @@ def consumer_scale(per_channel: Tensor, channel_of: Tensor) -> Tensor:
 
 def _summary(tried: Sequence[Candidate], best: Tensor, per_channel: Tensor) -> AlphaSummary:
     won = [tried[index] for index in best.tolist()]
+    scale_min, scale_max = torch.stack(per_channel.aminmax()).tolist()
     scaled = [candidate for candidate in won if candidate.family != "identity"]
     alphas = sorted(candidate.alpha for candidate in scaled)
     families = {
@@ -172,8 +173,8 @@ def _summary(tried: Sequence[Candidate], best: Tensor, per_channel: Tensor) -> A
         alpha_min=alphas[0] if alphas else None,
         alpha_median=alphas[len(alphas) // 2] if alphas else None,
         alpha_max=alphas[-1] if alphas else None,
-        scale_min=float(per_channel.min()),
-        scale_max=float(per_channel.max()),
+        scale_min=scale_min,
+        scale_max=scale_max,
         counts=counts_at(torch.tensor(alphas), ALPHA_POINTS),
     )
 
@@ -212,8 +213,9 @@ def fold_errors(
     """
     plain, chosen = 0.0, 0.0
     for linear, weight, row_weight, moment in zip(consumers, scaled, row_weights, moments, strict=True):
-        chosen += weighted_error(linear.restored - weight.target, moment, row_weight)
-        plain += weighted_error(plain_weight(weight, linear.plan) - weight.target, moment, row_weight)
+        both = (plain_weight(weight, linear.plan), linear.restored)
+        errors = torch.stack([summed_error(each - weight.target, moment, row_weight) for each in both]).tolist()
+        plain, chosen = plain + errors[0], chosen + errors[1]
     return plain, chosen
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from awqkit.methods.plan import LinearPlan
 from awqkit.methods.slots import CLIP, REFINEMENT, ROUNDING
 from awqkit.numerics.grid import QuantizedWeight, dequantize, split_groups
 from awqkit.numerics.histogram import counts_at
-from awqkit.numerics.output_error import diagonal_blocks, moment_divided, row_errors, weighted_error
+from awqkit.numerics.output_error import diagonal_blocks, moment_divided, row_errors, summed_error
 from awqkit.numerics.rounding import round_nearest, span_grid
 from awqkit.numerics.rounding_metric import RoundingMetric
 from awqkit.numerics.saliency import saliency_shares
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,9 @@ def round_plainly(weight: Tensor, plan: LinearPlan) -> QuantizedWeight:
 
 def plain_weight(scaled: ScaledWeight, plan: LinearPlan) -> Tensor:
     """What plain rounding at s = 1 makes of the linear, float32 `[out, in]` in the original's units; r is kept."""
-    unscaled = replace(scaled, target=scaled.original, channel_scale=torch.ones_like(scaled.channel_scale))
-    plain = round_plainly(unscaled.weight, plan)
-    return unscaled.restored(dequantize(plain.codes, plain.grid))
+    row_scale = scaled.row_scale.unsqueeze(1)
+    plain = round_plainly(scaled.original / row_scale, plan)
+    return dequantize(plain.codes, plain.grid) * row_scale
 
 
 def group_weights(
@@ -149,7 +151,8 @@ def quantize_linear(
         return _decided(scaled, None, plan, nearest, _restored(scaled, nearest), None)
     chosen = round_rows(scaled, evidence, plan)
     restored = [_restored(scaled, each) for each in (nearest, chosen)]
-    errors = [weighted_error(each - scaled.target, evidence.moment, row_weight) for each in restored]
+    sums = [summed_error(each - scaled.target, evidence.moment, row_weight) for each in restored]
+    errors = torch.stack(sums).tolist()
     if errors[1] > errors[0]:
         reason = (
             f"clip and rounding raised the output error under this scale "
@@ -175,11 +178,14 @@ def _decided(
     original = scaled.original
     plain = round_plainly(original, plan)
     plain_restored = dequantize(plain.codes, plain.grid)
-    size = max(float(original.square().sum()), torch.finfo(torch.float32).tiny)
-    output: list[float | None] = [None, None]
+    both = (plain_restored, restored)
+    sums = [original.square().sum(), *((each - original).square().sum() for each in both)]
     if moment is not None:
-        energy = max(float(row_errors(scaled.target, moment).sum()), torch.finfo(torch.float32).tiny)
-        output = [weighted_error(each - scaled.target, moment) / energy for each in (plain_restored, restored)]
+        sums.append(row_errors(scaled.target, moment).sum())
+        sums += [summed_error(each - scaled.target, moment) for each in both]
+    size, *found = torch.stack(sums).tolist()  # one look at the device
+    weight_errors = [each / max(size, _TINY) for each in found[:2]]
+    output: list[float | None] = [each / max(found[2], _TINY) for each in found[3:]] or [None, None]
     decision = LinearDecision(
         name=plan.name,
         shape=plan.shape,
@@ -187,8 +193,8 @@ def _decided(
         group_size=plan.group_size,
         output_error_nearest=output[0],
         output_error=output[1],
-        weight_error_nearest=float((plain_restored - original).square().sum()) / size,
-        weight_error=float((restored - original).square().sum()) / size,
+        weight_error_nearest=weight_errors[0],
+        weight_error=weight_errors[1],
         clip_mean=chosen.clip_mean,
         fallback=fallback,
         clip_counts=chosen.clip_counts,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -71,15 +71,10 @@ class BlockCall:
         kwargs = {name: mapped(value, change) for name, value in self.kwargs.items()}
         return replace(self, args=tuple(mapped(value, change) for value in self.args), kwargs=kwargs)
 
-    def sharing(self, like: BlockCall, otherwise: Callable[[Tensor], Tensor]) -> BlockCall:
-        """The call with `like`'s tensors in the place of equal ones of its own, and the other ones changed."""
-        known = iter([*_tensors_of(like), *[None] * len(_tensors_of(self))])
-
-        def shared(value: Tensor) -> Tensor:
-            other = next(known)
-            return other if other is not None and _equal(value, other) else otherwise(value)
-
-        return self.changed(shared)
+    def passes_the_same(self, other: BlockCall) -> bool:
+        """Whether both calls pass equal tensors, in equal places among equal numbers, flags and words."""
+        own = (self.args, dict(self.kwargs), self.wanted, self.hands, self.ahead)
+        return _same(own, (other.args, dict(other.kwargs), other.wanted, other.hands, other.ahead))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +83,32 @@ class BlockInputs:
 
     hidden: Tensor
     calls: tuple[BlockCall, ...]
+
+
+def sharing(
+    calls: Sequence[BlockCall], likes: Sequence[BlockCall], otherwise: Callable[[Tensor], Tensor]
+) -> tuple[BlockCall, ...]:
+    """The calls with the tensors of `likes` in the places of equal ones of their own, and the other ones changed.
+
+    What all blocks of a model are called with is compared, or changed, once.
+    """
+    chosen: dict[tuple[int, int], Tensor] = {}
+
+    def shared(call: BlockCall, like: BlockCall) -> BlockCall:
+        known = iter([*_tensors_of(like), *[None] * len(_tensors_of(call))])
+
+        def share(value: Tensor) -> Tensor:
+            other = next(known)
+            if other is None:
+                return otherwise(value)
+            pair = id(value), id(other)
+            if pair not in chosen:
+                chosen[pair] = other if _equal(value, other) else otherwise(value)
+            return chosen[pair]
+
+        return call.changed(share)
+
+    return tuple(map(shared, calls, likes))
 
 
 def hand_on(block: Callable[..., Any], hidden: Tensor, call: BlockCall) -> Handed:
@@ -152,6 +173,21 @@ def _tensors_of(call: BlockCall) -> list[Tensor]:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.to(other.device), other)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are one object, or are made of equal tensors and plain values; another kind never is."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return _equal(one, other)
+    if type(one) in (tuple, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if type(one) is dict:
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return isinstance(one, (bool, int, float, str, Wanted)) and one == other
 
 
 def _check(carried: Carried, rows: int) -> None:

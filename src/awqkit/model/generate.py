@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from awqkit.model.transformers_bridge import sample_tokens
 
 PASSAGE = 128  # tokens: several short passages a row cover more subjects than one long one, and are written faster
-_AT_ONCE = 256  # a step over many passages takes a GPU about as long as one over few
+_AT_ONCE = {"cpu": 256, "cuda": 1024}  # a step over many passages takes a GPU about as long as one over few
+
+
+def passages_at_once(device: torch.device) -> int:
+    """How many passages are written at once where there is room."""
+    return _AT_ONCE["cuda" if device.type == "cuda" else "cpu"]
 
 
 def generate_rows(
@@ -49,7 +54,7 @@ def _continued(model: nn.Module, begun: Tensor, num_tokens: int, seed: int, step
         return begun
     device = next(model.parameters()).device
     found: list[Tensor] = []
-    at_once, done = _AT_ONCE, 0
+    at_once, done = passages_at_once(device), 0
     while done < len(begun):
         part = begun[done : done + at_once]
 

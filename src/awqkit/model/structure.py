@@ -67,10 +67,10 @@ class Fold:
     def read(self) -> Tensor:
         """Which of the producer's channels a consumer reads, bool `[producer channels]`; s is 1 for every other."""
         first = next(iter(self.channel_of.values()))
-        found = torch.zeros(self.num_channels, dtype=torch.bool, device=first.device)
+        found = torch.zeros(self.num_channels + 1, dtype=torch.bool, device=first.device)
         for channel_of in self.channel_of.values():
-            found[channel_of[channel_of >= 0]] = True
-        return found
+            found.index_fill_(0, channel_of % (self.num_channels + 1), True)  # −1 fills a place more
+        return found[:-1]
 
     def why_not_together(self, consumers: Sequence[str]) -> str | None:
         """Why no one s can be searched for these of its consumers, or None: they read its channels in other orders."""

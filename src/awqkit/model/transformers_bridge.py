@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,18 @@ from awqkit.numerics.draw import drawn_tokens
 class TextEncoder:
     """A tokenizer, reduced to what is needed here.
 
-    encode: text to ids without special tokens. start_tokens: the ids that the tokenizer itself puts before a text.
-    render_chat: a list of chat messages to text by the tokenizer's chat template, or None where it has none.
+    encode_all: texts to ids without special tokens, on all cores where the tokenizer can. start_tokens: the ids that
+    the tokenizer itself puts before a text. render_chat: a list of chat messages to text by the tokenizer's chat
+    template, or None where it has none.
     """
 
-    encode: Callable[[str], list[int]]
+    encode_all: Callable[[Sequence[str]], list[list[int]]]
     start_tokens: tuple[int, ...]
     render_chat: Callable[[list[dict[str, Any]]], str] | None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self.encode_all([text])[0]
 
 
 def load_text_encoder(directory: Path, *, trust_remote_code: bool = False) -> TextEncoder:
@@ -49,14 +54,14 @@ def load_text_encoder(directory: Path, *, trust_remote_code: bool = False) -> Te
             "copy the tokenizer files of the original model into it again"
         ) from error
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def encode_all(texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def render_chat(messages: list[dict[str, Any]]) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False)
 
     has_template = getattr(tokenizer, "chat_template", None) is not None
-    return TextEncoder(encode, _start_tokens(tokenizer), render_chat if has_template else None)
+    return TextEncoder(encode_all, _start_tokens(tokenizer), render_chat if has_template else None)
 
 
 def _start_tokens(tokenizer: Any) -> tuple[int, ...]:

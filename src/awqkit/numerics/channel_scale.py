@@ -45,25 +45,26 @@ def search_units(channel_of: Tensor, num_producer_channels: int, group_size: int
     channel_of: `[in]` int64, the producer channel of each input channel, −1 where s must stay 1. Groups that read
     one producer channel must agree on its s, so they form one unit (v → o under grouped-query attention).
     """
-    groups = torch.arange(channel_of.shape[0], device=channel_of.device) // group_size
+    device, channel_of = channel_of.device, channel_of.cpu()  # a few numbers, looked at in every round
+    groups = torch.arange(channel_of.shape[0]) // group_size
     tied = channel_of >= 0
-    label = torch.arange(channel_of.shape[0] // group_size, device=channel_of.device)
+    label = torch.arange(channel_of.shape[0] // group_size)
     while True:
-        by_channel = torch.full((num_producer_channels,), label.shape[0], device=channel_of.device)
+        by_channel = torch.full((num_producer_channels,), label.shape[0])
         by_channel.scatter_reduce_(0, channel_of[tied], label[groups[tied]], "amin")
         lower = label.scatter_reduce(0, groups[tied], by_channel[channel_of[tied]], "amin")
         if torch.equal(lower, label):
-            return torch.unique(label, return_inverse=True)[1]
+            return torch.unique(label, return_inverse=True)[1].to(device)
         label = lower
 
 
 def tied_mean(values: Tensor, channel_of: Tensor, num_producer_channels: int) -> Tensor:
     """`values` `[in]` averaged over the input channels that share a producer channel, back on `[in]`; −1 gives 1."""
-    tied = channel_of >= 0
-    total = _summed(values[tied].unsqueeze(0), channel_of[tied], num_producer_channels)[0]
-    count = torch.bincount(channel_of[tied], minlength=num_producer_channels)
-    mean = total / count.clamp(min=1)
-    return torch.where(tied, mean[channel_of.clamp(min=0)], torch.ones_like(values))
+    tied, place = channel_of >= 0, channel_of.clamp(min=0)
+    ones = torch.ones_like(values)
+    counted = torch.where(tied, torch.stack([values, ones]), torch.zeros_like(values))
+    total, count = _summed(counted, place, num_producer_channels)
+    return torch.where(tied, (total / count.clamp(min=1))[place], ones)
 
 
 def _summed(values: Tensor, place: Tensor, num_places: int) -> Tensor:
@@ -85,8 +86,8 @@ def candidates(
         for alpha in ALPHAS
         if family == "duo" or alpha > 0.0  # importance^0 is the identity again
     ]
-    alphas = importance.new_tensor([alpha / 2 for _, alpha in tried]).unsqueeze(1)
-    shares = importance.new_tensor([1 - alpha if family == "duo" else 0.0 for family, alpha in tried]).unsqueeze(1)
+    shares = [1 - alpha if family == "duo" else 0.0 for family, alpha in tried]
+    alphas, shares = importance.new_tensor([[alpha / 2 for _, alpha in tried], shares]).unsqueeze(-1)
     energy, column = _positive(importance).log(), _positive(column_rms).log()
     scales = _normalised(energy * alphas - column * shares, channel_of, unit_of_channel)
     identity = Candidate("identity", 0.0, torch.ones_like(importance))
@@ -109,12 +110,13 @@ def smooth_candidates(max_abs: Tensor, column_max: Tensor, channel_of: Tensor, a
 
 def _positive(values: Tensor) -> Tensor:
     """`values` ≥ 0 with a floor far below their largest, so that a dead channel's s stays finite."""
-    return values.clamp(min=float(values.max()) * _SMALLEST_SHARE).clamp(min=torch.finfo(torch.float32).tiny)
+    floor = (values.max().double() * _SMALLEST_SHARE).to(values.dtype)
+    return values.clamp(min=floor).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def _normalised(log_scales: Tensor, channel_of: Tensor, unit_of_channel: Tensor) -> Tensor:
     """s `[n, in]` from log s, each divided by √(max · min) in its unit; 1 where `channel_of` is −1."""
-    units, free = int(unit_of_channel.max()) + 1, channel_of >= 0
+    units, free = len(unit_of_channel), channel_of >= 0  # there are no more
     place = unit_of_channel.expand_as(log_scales)
     extremes = []
     for reduce, fill in (("amax", -torch.inf), ("amin", torch.inf)):

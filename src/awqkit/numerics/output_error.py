@@ -35,6 +35,15 @@ def moment_divided(moment: Tensor, channel_scale: Tensor) -> Tensor:
     return moment / scale.unsqueeze(-2) / scale.unsqueeze(-1)
 
 
+def moment_among(moment: Tensor, channels: Tensor) -> Tensor:
+    """H_jk of some channels, `[k, k]`, 0 between groups where only the blocks are there; channels: `[k]` int64."""
+    if moment.dim() == 2:
+        return moment[channels][:, channels]
+    group, place = channels // moment.shape[-1], channels % moment.shape[-1]
+    together = group.unsqueeze(1) == group
+    return moment[group.unsqueeze(1), place.unsqueeze(1), place] * together
+
+
 def pushed(error: Tensor, moment: Tensor) -> Tensor:
     """E H, `[out, in]` float32; error `[out, in]`."""
     if moment.dim() == 2:
@@ -58,9 +67,17 @@ def group_row_errors(grouped_error: Tensor, group_weights: Tensor) -> Tensor:
     return torch.matmul(grouped_error, group_weights).mul_(grouped_error).sum(dim=-1)
 
 
-def weighted_error(error: Tensor, moment: Tensor, row_weight: Tensor | None = None) -> float:
-    """Σ_i r_i (E H Eᵀ)_ii, or tr(G E H Eᵀ), as a number. row_weight: r `[out]`, G `[out, out]`, or None: all ones."""
+def summed_error(error: Tensor, moment: Tensor, row_weight: Tensor | None = None) -> Tensor:
+    """Σ_i r_i (E H Eᵀ)_ii, or tr(G E H Eᵀ), a tensor of one number: several are read at once.
+
+    row_weight: r `[out]`, G `[out, out]`, or None: all ones.
+    """
     if row_weight is not None and row_weight.dim() == 2:
-        return max(float((row_weight * (error @ moment @ error.t())).sum()), 0.0)
+        return (row_weight * (error @ moment @ error.t())).sum().clamp_(min=0.0)
     rows = row_errors(error, moment)
-    return float(rows.sum() if row_weight is None else (rows * row_weight).sum())
+    return rows.sum() if row_weight is None else (rows * row_weight).sum()
+
+
+def weighted_error(error: Tensor, moment: Tensor, row_weight: Tensor | None = None) -> float:
+    """`summed_error` as a number."""
+    return float(summed_error(error, moment, row_weight))

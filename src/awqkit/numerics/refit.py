@@ -17,6 +17,7 @@ from torch import Tensor
 
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.numerics.rounding_metric import RoundingMetric
+from awqkit.numerics.tiles import tries_at_once
 
 GROUPS_AT_ONCE = 32  # M has this many squared entries a row
 _RIDGE = 1e-5  # of M's diagonal: groups whose steps are nearly parallel under H
@@ -48,13 +49,8 @@ def _scale_changes(
     steps: Tensor, pull: Tensor, moment: Tensor, group_scale: Tensor, stored_dtype: torch.dtype
 ) -> Tensor:
     """What to add to Δ `[out, groups]`; 0 for rows that would not gain. steps, pull: `[out, groups, group_size]`."""
-    _, groups, group_size = steps.shape
     slope = (steps * pull).sum(dim=-1)
-    products = [
-        (steps[:, g] @ moment[g * group_size : (g + 1) * group_size]).reshape(steps.shape).mul_(steps).sum(dim=-1)
-        for g in range(groups)
-    ]
-    curvature = torch.stack(products, dim=1)
+    curvature = _curvature(steps, moment)
     diagonal = curvature.diagonal(dim1=1, dim2=2)
     # a group of zeros has no vertex: its own equation becomes "no change"
     ridge = torch.where(diagonal > 0, _RIDGE * diagonal, torch.ones_like(diagonal))
@@ -66,6 +62,17 @@ def _scale_changes(
     change = torch.where(sound, stored - group_scale, torch.zeros_like(stored))
     gain = (change * (2.0 * slope + torch.bmm(curvature, change.unsqueeze(-1)).squeeze(-1))).sum(dim=-1)
     return torch.where((gain < 0).unsqueeze(-1), change, torch.zeros_like(change))
+
+
+def _curvature(steps: Tensor, moment: Tensor) -> Tensor:
+    """M of every row, `[out, groups, groups]`: the products of the groups' steps under H."""
+    groups, at_once = steps.shape[1], tries_at_once(steps)
+    left, right = steps.transpose(0, 1), moment.reshape(groups, -1, moment.shape[1])
+    products = [
+        (left[some] @ right[some]).reshape(-1, *steps.shape).mul_(steps).sum(dim=-1)
+        for some in (slice(start, start + at_once) for start in range(0, groups, at_once))
+    ]
+    return torch.cat(products).transpose(0, 1).contiguous()
 
 
 def _shifted_zeros(group_zero: Tensor, group_scale: Tensor, residual: Tensor, moment: Tensor, top: float) -> Tensor:

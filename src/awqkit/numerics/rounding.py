@@ -11,7 +11,6 @@ from awqkit.numerics.grid import (
     choose_scale_and_zero,
     group_range,
     nearest_codes,
-    split_groups,
 )
 
 
@@ -29,11 +28,11 @@ def span_grid(
 
     weight: float32 `[out, in]`; ratios: `[groups, out]` as `search_clip` returns them, None for the whole range.
     """
-    low, high = group_range(split_groups(weight, group_size))
+    low, high = group_range(weight.reshape(len(weight), -1, group_size))
     if ratio_low is not None and ratio_high is not None:
-        low, high = low * ratio_low, high * ratio_high
+        low, high = low * ratio_low.t().contiguous(), high * ratio_high.t().contiguous()
     group_scale, group_zero = choose_scale_and_zero(
-        low.t().contiguous(), high.t().contiguous(), bits=bits, symmetric=symmetric, stored_dtype=stored_dtype
+        low, high, bits=bits, symmetric=symmetric, stored_dtype=stored_dtype
     )
     return Grid(bits, group_size, symmetric, group_scale, group_zero)
 

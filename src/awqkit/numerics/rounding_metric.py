@@ -137,12 +137,15 @@ def own_damping(moment: Tensor, damp_ratio: float, column_energy: Tensor | None 
     Without column_energy the floor is only what keeps dead channels finite.
     """
     diagonal = moment.diagonal()
-    tiny = max((float(diagonal.mean()) or 1.0) * _SMALLEST_SHARE, torch.finfo(torch.float32).tiny)
+    sizes = [diagonal.mean()]
+    if column_energy is not None:
+        sizes += [column_energy.max(), column_energy.mean(), (diagonal * column_energy).mean()]
+    usual, *columns = torch.stack(sizes).tolist()
+    tiny = max((usual or 1.0) * _SMALLEST_SHARE, torch.finfo(torch.float32).tiny)
     own = (damp_ratio * diagonal).clamp(min=tiny)
-    if column_energy is None or not float(column_energy.max()) > 0:
+    if column_energy is None or not columns[0] > 0:
         return own
-    size = column_energy.clamp(min=float(column_energy.mean()) * _SMALLEST_COLUMN)
-    return own + _FLOOR_SHARE * float((diagonal * column_energy).mean()) / size
+    return own + _FLOOR_SHARE * columns[2] / column_energy.clamp(min=columns[1] * _SMALLEST_COLUMN)
 
 
 def mean_damping(moment: Tensor, damp_ratio: float, column_energy: Tensor | None = None) -> Tensor:
@@ -178,7 +181,7 @@ def rounding_metric(
 def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | None:
     """U in `order`, or None. Channels are normalised first: their energies lie six orders of magnitude apart."""
     size = (moment.diagonal() + damping).sqrt()
-    if not bool(torch.isfinite(size).all()) or not bool((size > 0).all()):
+    if not bool((torch.isfinite(size) & (size > 0)).all()):
         return None
     reverse = order.flip(0)
     # each step lets go of the one before: of 28672 channels every one of them takes 3.3 GB
@@ -188,7 +191,7 @@ def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | No
     matrix.diagonal().fill_(1.0)  # (H_jj + λ_j) / size_j², free of rounding
     with full_precision():
         matrix, failed = torch.linalg.cholesky_ex(matrix)
-        if int(failed) or not bool(torch.isfinite(matrix.diagonal()).all()):
+        if not bool((failed == 0) & torch.isfinite(matrix.diagonal()).all()):
             return None
         matrix = _inverted(matrix)
     matrix = matrix.flip(0, 1).div_(size[order])

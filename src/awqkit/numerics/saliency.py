@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from awqkit.numerics.output_error import moment_diagonal, pushed
+from awqkit.numerics.output_error import moment_among, moment_diagonal, pushed
 
 # A share needs no more rows than this; all rows of a large linear would cost as much as judging a candidate.
 _MAX_ROWS = 512
@@ -31,19 +31,15 @@ def saliency_shares(error: Tensor, moment: Tensor, channel_shares: Sequence[floa
     """
     rows = error[:: math.ceil(error.shape[0] / _MAX_ROWS)]
     felt = pushed(rows, moment)
-    total = float((felt * rows).sum())
+    order = moment_diagonal(moment).argsort(descending=True, stable=True)
+    counts = [math.ceil(share * len(order)) for share in channel_shares]
+    salient = order[: max(counts, default=0)]
+    alone = rows[:, salient]
+    # tr(E H Eᵀ) − tr(E' H E'ᵀ) = 2 tr(E_S (E H)_Sᵀ) − tr(E_S H_SS E_Sᵀ), E_S the columns of S, for each S at once:
+    # the first so many salient channels
+    once = (felt[:, salient] * alone).sum(dim=0).double().cumsum(0)
+    twice = ((alone.t() @ alone) * moment_among(moment, salient)).double().cumsum(0).cumsum(1).diagonal()
+    total, *removed = torch.cat([(felt * rows).sum().double().reshape(1), 2 * once - twice]).tolist()
     if total <= 0.0:
         return tuple((share, 0.0) for share in channel_shares)
-    order = moment_diagonal(moment).argsort(descending=True, stable=True)
-    found = []
-    for share in channel_shares:
-        salient = order[: math.ceil(share * len(order))]
-        alone = rows[:, salient]
-        # tr(E' H E'ᵀ) = tr(E H Eᵀ) − 2 tr(E_S (E H)_Sᵀ) + tr(E_S H_SS E_Sᵀ), E_S the columns of S
-        if moment.dim() == 2:
-            inner = alone @ moment[salient][:, salient]
-        else:
-            inner = pushed(torch.zeros_like(rows).index_copy_(1, salient, alone), moment)[:, salient]
-        removed = 2 * float((felt[:, salient] * alone).sum()) - float((inner * alone).sum())
-        found.append((share, removed / total))
-    return tuple(found)
+    return tuple((share, removed[count - 1] / total) for share, count in zip(channel_shares, counts, strict=True))

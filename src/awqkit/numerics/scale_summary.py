@@ -28,11 +28,11 @@ class ScaleShape(NamedTuple):
 def scale_summary(channel_scale: Tensor, log2_points: Sequence[float]) -> ScaleShape:
     """Mean m = Σ s_j / n, extremes, std = √(Σ (s_j − m)² / n), max / m, and shares of channels by their ratio to m.
 
-    channel_scale: s `[channels]` > 0, at least one. Computed in float64.
+    channel_scale: s `[channels]` > 0, at least one. Computed in float64 on the CPU, where every figure is read.
     share_above_5x, share_above_2x, share_below_half: #{s_j > 5 m} / n, #{s_j > 2 m} / n, #{s_j < m / 2} / n.
     log2_counts: channels by the point of `log2_points` that is nearest to log2 s_j, see `counts_at`.
     """
-    scale = channel_scale.flatten().to(torch.float64)
+    scale = channel_scale.flatten().to("cpu", torch.float64)
     mean = scale.mean()
 
     def share(chosen: Tensor) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from awqkit.model.block_calls import BlockCall, Carried, mapped
+from awqkit.model.block_calls import BlockCall, Carried, mapped, sharing
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.free_memory import is_spare
 from awqkit.pipeline.kept_states import KeptBeside
@@ -120,7 +120,7 @@ class HiddenStates:
             return calls
         first = next(iter(self._calls.values()))
         own = self._states.device
-        return tuple(call.sharing(like, lambda tensor: tensor.to(own)) for call, like in zip(calls, first, strict=True))
+        return sharing(calls, first, lambda tensor: tensor.to(own))
 
     def _call(self, call: BlockCall) -> BlockCall:
         return call.changed(lambda tensor: tensor.to(self._device))

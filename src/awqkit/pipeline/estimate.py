@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from awqkit.events import Emit, TaskAdvanced, TaskFinished, TaskStarted
-from awqkit.model.generate import PASSAGE
+from awqkit.model.generate import PASSAGE, passages_at_once
 from awqkit.numerics.divergence import kl_gradient
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_cost import BlockCost, measure_block, seconds_of, settler
@@ -28,7 +28,6 @@ from awqkit.pipeline.tune import STEPPING
 from awqkit.pipeline.tuning_stage import why_not_tuned
 
 _TASK = "kind of block measured"
-_AT_ONCE = 256  # passages that a model writes at once, as in `model.generate`
 _TRIAL_BYTES = 1 << 25  # written and synced to see how fast the disk is
 _COMPUTING = ("prove", "observe", "search", "follow", "check", "advance", "round")
 _UPLOAD = 0.2  # of the time to read a block, for what is in memory already
@@ -77,6 +76,11 @@ class _Rows:
     def length(self) -> int:
         return self.rows.ids.shape[1]
 
+    @property
+    def passages(self) -> int:
+        """Of those that the model writes."""
+        return self.generated * -(-self.length // PASSAGE)
+
 
 def estimate_run(
     job: Run,
@@ -98,7 +102,7 @@ def estimate_run(
     tokens = fitting_tokens(job.memory, job.device, free_bytes(job.device))
     all_rows = None if rows is None else _Rows(rows, len(rows.ids) + generated[0], held_out, sum(generated))
     used = None if rows is None else rows.rows(slice(0, _measured_rows(job, rows, tokens)))
-    passages = 0 if all_rows is None else min(_AT_ONCE, all_rows.generated * -(-all_rows.length // PASSAGE))
+    passages = 0 if all_rows is None else min(passages_at_once(job.device), all_rows.passages)
     counts, members = Counter[Any](), dict[Any, list[int]]()
     for block in job.plan.blocks:
         kind = tuple(sorted((name, linear.shape) for name, linear in block.linears.items()))
@@ -245,7 +249,7 @@ def _generating(job: Run, rows: _Rows, costs: list[tuple[int, BlockCost]], head:
     reading = sum(count * cost.fixed.get("read", 0.0) for count, cost in costs) + (head.load if head else 0.0)
     each = sum(count * cost.token_step for count, cost in costs)
     each += head.forward * passages / rows.length if head else 0.0
-    rounds = math.ceil(rows.generated * -(-rows.length // PASSAGE) / _AT_ONCE)
+    rounds = math.ceil(rows.passages / passages_at_once(job.device))
     return reading + rounds * min(PASSAGE, rows.length) * each
 
 

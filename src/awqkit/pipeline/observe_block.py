@@ -53,8 +53,9 @@ _SEED_STRIDE = 1_000_003  # keeps the probes of block i and seed j apart
 
 def refuse_non_finite(context: BlockContext) -> None:
     """Raises CheckpointError naming the first tensor of the block with NaN or inf."""
-    for name, value in context.parameters.items():
-        if not bool(torch.isfinite(value).all()):
+    finite = torch.stack([torch.isfinite(value).all() for value in context.parameters.values()]).tolist()
+    for (name, value), is_finite in zip(context.parameters.items(), finite, strict=True):
+        if not is_finite:
             parts = context.skeleton.parts(f"{context.block_plan.path}.{name}", value)
             wrong = (disk for disk, part in parts.items() if not bool(torch.isfinite(part).all()))
             disk = next(wrong, f"{context.block_plan.path}.{name}")  # shared, on disk under another block's name
@@ -132,21 +133,23 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
 
     views = context.structure.linears
     watched = {view.weight: context.weight(view.name) for view in views}
-    generator = torch.Generator().manual_seed(context.recipe.seed * _SEED_STRIDE + context.index)
+    generator = torch.Generator(context.device).manual_seed(context.recipe.seed * _SEED_STRIDE + context.index)
     squares = {view.name: torch.zeros(view.shape[0], device=context.device) for view in views}
     for part, hidden, call, mask in probe_rows.batches(context.index):
         outputs.clear()
         with torch.enable_grad(), LinearWatch(watched, after=after):
             result, beside = hand_on(context.block, hidden.clone().requires_grad_(True), call)
-            noise = torch.randn(result.shape, generator=generator).to(result.device)
-            real = ... if mask is None else mask
-            (result * noise)[real].sum().backward()
+        noise = torch.randn(result.shape, generator=generator, device=result.device)
+        if mask is not None:
+            noise = noise * mask.reshape(*mask.shape, *(1,) * (noise.dim() - 2))
+        result.backward(noise.to(result.dtype))
         for view in views:
             felt = outputs[view.weight].grad if view.weight in outputs else None
             if felt is not None:
                 squares[view.name] += felt.square().reshape(-1, view.shape[0]).mean(dim=0)
         probe_rows.write(part, result.detach(), beside)
-    unfelt = {view.name for view in views if not bool(squares[view.name].any())}
+    felt_any = torch.stack([squares[view.name].any() for view in views]).tolist()
+    unfelt = {view.name for view, is_felt in zip(views, felt_any, strict=True) if not is_felt}
     usual = usual_of_experts([view for view in views if view.name not in unfelt], squares)
     for view in views:
         if view.name in unfelt:
