@@ -12,6 +12,7 @@ from awqkit.numerics.rounding_metric import RoundingMetric, energy_order, moment
 from awqkit.numerics.statistics import PairedStatistics, Statistics, cross_moment, moments_, second_moment
 from awqkit.recipe import AUTO
 
+_ALL = slice(None)
 UNCHECKED_STRENGTH = 0.5  # "auto" with no rows to choose on: what the presets take
 
 
@@ -52,23 +53,23 @@ class Evidence:
     """moment: H `[in, in]` of the input that the linear gets (Ĥ of the quantized stream with propagation), or its
     blocks on the diagonal (`numerics.output_error`).
 
-    metric: the same, ready for rounding, or None where no step needs it. shift: β T `[in, in]`; or
-    difference: β (C − Ĥ), of which T is made, where fewer rows than channels aim by it; neither where the weight itself
-    is aimed at. strength: β. raised: why H needed more damping than was asked for, or None.
+    metric: the same, ready for rounding, or None where no step needs it. shift: β T `[in, in]`; or targets: what each
+    reader aims at, where all of them have fewer rows than there are channels; neither where the weight itself is aimed
+    at. strength: β. raised: why H needed more damping than was asked for, or None.
     """
 
     moment: Tensor
     metric: RoundingMetric | None
     shift: Tensor | None = None
-    difference: Tensor | None = None
+    targets: tuple[Tensor, ...] | None = None
     strength: float = 0.0
     raised: str | None = None
 
-    def target(self, weight: Tensor) -> Tensor:
-        """The weight `[out, in]` to aim at: W + β W T."""
-        if self.difference is not None:
-            assert self.metric is not None
-            return weight + self.metric.solve(weight @ self.difference)
+    def target(self, weight: Tensor, reader: int = 0, rows: slice = _ALL) -> Tensor:
+        """The rows of a weight `[out, in]` to aim at: W + β W T. reader: its place among those it was made for."""
+        if self.targets is not None:
+            return self.targets[reader][rows]
+        weight = weight[rows]
         return weight if self.shift is None else torch.addmm(weight, weight, self.shift)
 
 
@@ -99,8 +100,11 @@ def propagated_evidence(
     strength, raised = choices.propagation, _raised(metric, choices)
     rows = sum(len(weight) for weight in readers.weights)
     if strength != AUTO and rows < len(moment) and not for_others:
-        difference = cross.sub_(moment).mul_(strength) if strength else None
-        return Evidence(moment, metric, difference=difference, strength=strength, raised=raised)
+        targets = None
+        if strength:
+            difference = cross.sub_(moment).mul_(strength)
+            targets = tuple(weight + metric.solve(weight @ difference) for weight in readers.weights)
+        return Evidence(moment, metric, targets=targets, strength=strength, raised=raised)
     shift = correction(cross, metric)
     if strength == AUTO and held_out is None:
         strength = UNCHECKED_STRENGTH

@@ -20,7 +20,7 @@ COLUMN_BLOCK = 128  # lazy updates: Frantar 2022, section 3.3, step 2
 
 def round_gptq(weight: Tensor, grid: Grid, metric: RoundingMetric) -> QuantizedWeight:
     """Codes on `grid` that nearly minimise tr(E (H + λ) Eᵀ). weight: float32 `[out, in]`."""
-    order, factor = metric.order, metric.rounding_factor
+    order = metric.order
     # transposed: a column is then one contiguous row, which is what every step reads and writes
     remaining = weight.t()[order]
     group, top = order // grid.group_size, float(2**grid.bits - 1)
@@ -30,9 +30,10 @@ def round_gptq(weight: Tensor, grid: Grid, metric: RoundingMetric) -> QuantizedW
         block = slice(start, start + COLUMN_BLOCK)
         later = slice(start + COLUMN_BLOCK, None)
         scale, zero = group_scale[group[block]], group_zero[group[block]]
-        steps, errors = round_block(remaining[block], scale, -zero, top - zero, factor[block, block])
+        factor = metric.rounding_factor(block)
+        steps, errors = round_block(remaining[block], scale, -zero, top - zero, factor[:, block])
         chosen[block] = steps.add_(zero).to(torch.uint8)
-        remaining[later].addmm_(factor[block, later].t(), errors, alpha=-1.0)
+        remaining[later].addmm_(factor[:, later].t(), errors, alpha=-1.0)
     codes = torch.empty_like(weight, dtype=torch.uint8)
     codes[:, order] = chosen.t()
     return QuantizedWeight(codes, grid)

@@ -67,10 +67,10 @@ class RoundingMetric:
         """`refinement_moment`, rows and columns in `order`."""
         return self._with_diagonal(self.damping * _REFINEMENT_SHARE, self.order)
 
-    @property
-    def rounding_factor(self) -> Tensor:
-        """U of x / s, `[in, in]`, rows and columns in `order`."""
-        return self.factor if self.channel_scale is None else self.factor * self.channel_scale[self.order]
+    def rounding_factor(self, block: slice) -> Tensor:
+        """Rows of U of x / s, `[block, in]`, rows and columns in `order`."""
+        rows = self.factor[block]
+        return rows if self.channel_scale is None else rows * self.channel_scale[self.order]
 
     def _with_diagonal(self, added: Tensor, order: Tensor | None = None) -> Tensor:
         scale = self.channel_scale

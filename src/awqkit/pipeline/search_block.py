@@ -263,8 +263,9 @@ def _quantize_all(
 
     def work(entry: LinearInput, wanted: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         evidence, sent = evidences[entry.first](), {}
+        place = quantized_readers(context, entry).index
         for name in wanted:
-            aimed = replace(scaled[name], target=evidence.target(scaled[name].original))
+            aimed = replace(scaled[name], target=evidence.target(scaled[name].original, place(name)))
             made[name] = found = _quantize(context, aimed, evidence, measured, name, rounded.get(name))
             errors = _consumer_errors(context, applied, aimed, found, evidence, measured, name)
             is_known = name in rounded and found.quantized is rounded[name].quantized
@@ -299,8 +300,8 @@ def _round_in_parts(
 
     def work(name: str, entry: LinearInput, rows: slice) -> Rounded:
         evidence, whole = evidences[entry.first](), scaled[name]
-        original = whole.original[rows]
-        part = ScaledWeight(original, evidence.target(original), whole.channel_scale, whole.row_scale[rows])
+        target = evidence.target(whole.original, quantized_readers(context, entry).index(name), rows)
+        part = ScaledWeight(whole.original[rows], target, whole.channel_scale, whole.row_scale[rows])
         return round_rows_alike(part, evidence, context.block_plan.linears[name])
 
     costs = [context.weight(name)[rows].numel() for name, _, rows in pieces]
