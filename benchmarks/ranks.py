@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace, model: Path, preset: str, count: int, out: Pa
     lines = (done.stdout + done.stderr).splitlines()
     if done.returncode:
         return {"failed": next((line for line in reversed(lines) if line.strip()), "no word"), "seconds": seconds}
-    return {"seconds": seconds, "said": [line for line in lines if "rank" in line]}
+    return {"seconds": seconds, "said": [line for line in lines if " ranks share " in line]}
 
 
 def _packed_words(folder: Path) -> dict[str, torch.Tensor]:

@@ -103,9 +103,9 @@ def _few_rows_kernel(
         shift = tl.load(zero + group_at).to(tl.float32)
         word_at, x_at = (feature * num_chunks + chunk) * WORDS, (rows * num_chunks + chunk) * (8 * WORDS)
         # whole numbers of at most 15 are exact in every dtype
-        if WORDS >= 16 and ROWS < 64:
+        if WORDS >= 16 and ROWS < 32:
             # a product a place: its operand is in the lanes that loaded the words, where one of all places would change
-            # hands; from 64 rows on it comes from shared memory, better at once
+            # hands; with more rows that is quicker
             now = tl.load(words + word_at[None, :] + word[:, None], eviction_policy="evict_first")
             product = tl.zeros((ROWS, OUT), dtype=tl.float32)
             for place in tl.static_range(8):
