@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "compare",
     "convert",
+    "estimate",
     "evaluate",
     "folds",
     "inspect",
@@ -27,6 +28,7 @@ __all__ = [
 if TYPE_CHECKING:
     from awqkit.api.compare import compare
     from awqkit.api.convert import convert
+    from awqkit.api.estimate import estimate
     from awqkit.api.evaluate import evaluate
     from awqkit.api.folds import folds
     from awqkit.api.inspect import inspect
@@ -42,6 +44,7 @@ _HOMES = {
     "RunOptions": "awqkit.options",
     "compare": "awqkit.api.compare",
     "convert": "awqkit.api.convert",
+    "estimate": "awqkit.api.estimate",
     "evaluate": "awqkit.api.evaluate",
     "folds": "awqkit.api.folds",
     "inspect": "awqkit.api.inspect",

@@ -5,7 +5,7 @@ import torch
 
 from awqkit import Recipe, RunOptions, quantize
 from awqkit.errors import UsageError
-from awqkit.pipeline.free_memory import device_memory_at_most, free_bytes
+from awqkit.pipeline.free_memory import device_memory_at_most, free_bytes, is_spare
 
 GPU = torch.device("cuda", 0)
 
@@ -66,3 +66,11 @@ def test_the_bound_is_taken_away_when_the_run_fails(monkeypatch):
 def test_on_the_cpu_a_bound_is_refused(tmp_path):
     with pytest.raises(UsageError, match="--device-memory"):
         quantize(tmp_path, tmp_path / "out", Recipe.preset("fast"), options=RunOptions(device="cpu", device_memory=4.0))
+
+
+def test_what_is_kept_leaves_what_is_reserved(monkeypatch):
+    PretendedGpu(reserved=0.0, allocated=0.0).install(monkeypatch)  # 60 GB free
+    assert is_spare(18e9, 0.3, 0.0, GPU)
+    assert not is_spare(18.1e9, 0.3, 0.0, GPU)
+    assert is_spare(10e9, 0.3, 50e9, GPU)
+    assert not is_spare(10.1e9, 0.3, 50e9, GPU)
