@@ -18,6 +18,7 @@ def test_the_public_names_are_these():
         "__version__",
         "compare",
         "convert",
+        "estimate",
         "evaluate",
         "folds",
         "inspect",

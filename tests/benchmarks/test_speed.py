@@ -15,12 +15,14 @@ from awqkit.checkpoint.reader import Checkpoint
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
 def test_a_run_on_a_shape_is_measured(name: str, tmp_path: Path) -> None:
     folder = shapes.write_shape(name, tmp_path / name, blocks=2, vocab=128)
-    found = speed.one(folder, "fast", 8, 16, torch.device("cpu"), tuning=False)
+    task = speed.Task(folder, "fast", 8, 16, whole_model=False, most=None)
+    found = speed.one(task, torch.device("cpu"))
     assert found["blocks"] == 2
     assert {"read", "observe", "search", "check", "write"} <= found["block_stages"].keys()
     assert found["floor"].keys() == {"read", "forward", "grams", "write"}
     assert found["anonymous_peak"] <= found["resident_peak"]
     assert found["device_peak"] is None
+    assert speed.estimated(task, torch.device("cpu"))["total_seconds"] > 0
     assert {path.name for path in tmp_path.iterdir()} == {name}
 
 
