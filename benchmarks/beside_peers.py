@@ -33,8 +33,8 @@ from conditions import (
     settings_of,
     without_held_out,
 )
+from memory import first_blocks
 from peer_rows import LIMIT_SECONDS, PEERS, NotRun, named_peers, not_asked, run_peer
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 PRESETS = ("fast", "balanced")
@@ -45,7 +45,8 @@ def main() -> None:
     args, peers = _arguments()
     with tempfile.TemporaryDirectory() as scratch:
         if args.blocks:
-            args.model = first_blocks(open_conditions(args).model, Path(scratch) / "cut", args.blocks)
+            whole, args.model = open_conditions(args).model, Path(scratch) / "cut"
+            first_blocks(whole, args.model, args.blocks)
         conditions = open_conditions(args)
         original = conditions.reference(conditions.model)
         head = {"environment": environment(conditions.device), "model": conditions.model.name}
@@ -111,24 +112,6 @@ def _peer(
         "seconds": seconds, "own_seconds": done.seconds, "tool": PEERS[name].tool, "versions": done.versions,
         "notes": done.notes, **figures,
     }  # fmt: skip
-
-
-def first_blocks(model: Path, out: Path, blocks: int) -> Path:
-    """A checkpoint with the first blocks of a model whose blocks are called `layers.N`."""
-    out.mkdir(parents=True)
-    kept = {}
-    for path in sorted(model.glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
-            _, inside, rest = name.partition(".layers.")
-            if not inside or int(rest.partition(".")[0]) < blocks:
-                kept[name] = tensor
-    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}), encoding="utf-8")
-    for path in model.iterdir():
-        if path.name != "config.json" and path.suffix in (".json", ".jinja", ".model"):
-            shutil.copy(path, out / path.name)
-    return out
 
 
 def _add(runs: list[dict[str, Any]], row: dict[str, Any], head: dict[str, Any], args: argparse.Namespace) -> None:

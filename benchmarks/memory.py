@@ -55,7 +55,7 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
         short = Path(scratch) / "short"
-        _cut(model, short, 6)
+        first_blocks(model, short, 6)
         for folder, blocks in ((short, 6), (model, 30)):
             command = [
                 sys.executable,
@@ -88,7 +88,7 @@ def _bound(config: dict, samples: int) -> dict[str, int]:
     return {**parts, "bytes": sum(parts.values())}
 
 
-def _cut(model: Path, out: Path, blocks: int) -> None:
+def first_blocks(model: Path, out: Path, blocks: int) -> None:
     """A copy of a Llama checkpoint with its first blocks only."""
     source = Checkpoint.open(model)
     names = [name for name in source.names if ".layers." not in name or int(name.split(".")[2]) < blocks]

@@ -94,7 +94,7 @@ def test_on_a_cpu_nothing_is_captured() -> None:
     blocks, (rows, *_) = _tunable("rows")
     assert rows.device == CPU
     expected, run = _step(BlocksPass(blocks), blocks, rows), BlocksPass(blocks)
-    run.capture(*rows.batch(0)[1:3])
+    assert run.capture(*rows.batch(0)[1:3]) is None
     assert all(torch.equal(one, other) for one, other in zip(_step(run, blocks, rows), expected, strict=True))
 
 
@@ -108,7 +108,7 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch: pytest.Mo
     monkeypatch.setattr(captured_pass, "_CapturedPass", refused)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     _, hidden, calls, _ = rows.batch(0)
-    run.capture(_OnAGpu(hidden), calls)
+    assert "stream is capturing" in run.capture(_OnAGpu(hidden), calls)
     assert all(torch.equal(one, other) for one, other in zip(_step(run, blocks, rows), expected, strict=True))
 
 

@@ -170,6 +170,18 @@ def test_what_held_out_rows_do_not_like_is_put_back() -> None:
     assert all(float(leaf.detach().abs().max()) == 0 for block in blocks for leaf in block.leaves)
 
 
+def test_steps_that_cannot_be_captured_go_on_and_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlocksPass, "capture", lambda *given: "it waits for the device")
+    skeleton, blocks, rows = _quantized(token_ids(8, 24), "rows")
+    said: list[str] = []
+    tune(
+        skeleton, blocks, rows, None, epochs=5, stepping=STEPPING["rows"], seed=0, device=CPU,
+        step=lambda done, total: None, told=said.append,
+    )  # fmt: skip
+    assert len(said) == 1 and "it waits for the device" in said[0]
+    assert any(bool(leaf.any()) for block in blocks for leaf in block.leaves)
+
+
 @pytest.mark.parametrize("tuning", STEPPING)
 def test_a_run_writes_what_tuning_moved_and_nothing_else(tmp_path: Path, tuning: str) -> None:
     choices = {"group_size": GROUP, "bits": 3, "format": "compressed-tensors"}

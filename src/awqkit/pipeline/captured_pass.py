@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from awqkit.errors import gist
 from awqkit.model.block_calls import BlockCall, Carried
 from awqkit.pipeline.tunable_block import TunableBlock
 
@@ -26,18 +27,20 @@ class BlocksPass:
         self._blocks, self._recompute = blocks, recompute
         self._captured: _CapturedPass | None = None
 
-    def capture(self, hidden: Tensor, calls: Sequence[BlockCall]) -> None:
+    def capture(self, hidden: Tensor, calls: Sequence[BlockCall]) -> str | None:
         """Replay this batch's pass for every batch that is called like it, where it can be captured.
 
         It costs about two passes, and keeps what one keeps for its gradients. A model that cannot be captured, since it
-        waits for the device, say, goes on as before.
+        waits for the device, say, goes on as before, and why is returned.
         """
         if hidden.device.type != "cuda" or self._recompute:
-            return
+            return None
         try:
             self._captured = _CapturedPass(self._blocks, hidden, calls)
-        except Exception:  # whatever a model's own code does to break it
+        except Exception as error:  # whatever a model's own code does to break it
             torch.cuda.empty_cache()
+            return gist(error)
+        return None
 
     def forward(self, hidden: Tensor, calls: Sequence[BlockCall]) -> Tensor:
         """The last block's output, for `backward` where gradients are enabled; the next `forward` may overwrite it."""

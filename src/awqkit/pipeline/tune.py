@@ -27,6 +27,7 @@ _WARM_UP = 0.05  # of all steps
 _SHARE_OF_FREE = 0.5  # of the free memory, for what the gradients of a step need to have kept
 _SHARE_CAPTURED = 0.25  # the same, where it stays there beside what other batches keep
 _STEPS_WORTH_CAPTURING = 4
+_NOT_CAPTURED = "tuning goes on without CUDA graphs, slower and with the same result: {}"
 _LOGIT_BYTES = 256 << 20  # of the rows whose logits a GPU computes at once
 
 
@@ -68,11 +69,12 @@ def tune(
     seed: int,
     device: torch.device,
     step: Callable[[int, int], None],
+    told: Callable[[str], None] = lambda text: None,
 ) -> tuple[float | None, float | None]:
     """Move the blocks' scales and gains; put them back where held-out rows got worse.
 
     epochs: passes over the calibration rows; half of one visits every second batch. step(done, total): called after
-    each step. Returns the mean KL on held-out rows before and after, None without any.
+    each step. told: what is worth a line. Returns the mean KL on held-out rows before and after, None without any.
     """
     leaves = [leaf for block in blocks for leaf in block.leaves]
     optimizer = torch.optim.Adam(leaves, lr=stepping.learning_rate, betas=_BETAS)
@@ -87,7 +89,9 @@ def tune(
                 block.hold_weights()
         if share <= _SHARE_CAPTURED and len(visits) >= _STEPS_WORTH_CAPTURING:
             _, hidden, calls, _ = calibration.first.batch(0)
-            run.capture(hidden, calls)
+            reason = run.capture(hidden, calls)
+            if reason is not None:
+                told(_NOT_CAPTURED.format(reason))
         for done, position in enumerate(visits):
             for group in optimizer.param_groups:
                 group["lr"] = stepping.learning_rate * _schedule(done, len(visits))

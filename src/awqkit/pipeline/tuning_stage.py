@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from awqkit.decisions import TuningDecision
-from awqkit.events import Emit, TaskAdvanced, TaskFinished, TaskStarted
+from awqkit.events import Emit, Notice, TaskAdvanced, TaskFinished, TaskStarted
 from awqkit.methods.tuning import TunableGain, TunableLinear
 from awqkit.model.matrices import parameter_of
 from awqkit.model.skeleton import Skeleton
@@ -129,6 +129,7 @@ def finish_tuning(
         seed=recipe.seed,
         device=start.calibration.device,
         step=step,
+        told=lambda text: emit(Notice(text)),
     )
     emit(TaskFinished(_TASK))
     fallback = None
