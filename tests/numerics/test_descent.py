@@ -44,7 +44,7 @@ def test_a_sweep_gives_every_weight_the_best_of_all_its_codes(
     grid = start.grid
     scale, zero = per_column(grid.group_scale, group_size), per_column(grid.group_zero, group_size)
     expected, margin = descent_sweep(
-        case.weight, start.codes, scale, zero, bits, metric.refinement_moment, metric.order
+        case.weight, start.codes, scale, zero, bits, metric.refinement_block(slice(None)), metric.order
     )
     found = descend(case.weight, start, metric)
     assert found.grid is grid
@@ -63,7 +63,7 @@ def test_no_sweep_raises_the_objective(bits: int, symmetric: bool, group_size: i
     chosen = [_start(case, metric, kind, bits, group_size, symmetric)]
     for _ in range(4):
         chosen.append(descend(case.weight, chosen[-1], metric))
-    errors = [objective(error_of(case.weight, entry), metric.refinement_moment) for entry in chosen]
+    errors = [objective(error_of(case.weight, entry), metric.refinement_block(slice(None))) for entry in chosen]
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
     assert errors[-1] < errors[0] * (0.9995 if kind == "gptq" else 0.9)
     assert int(chosen[-1].codes.max()) <= 2**bits - 1
@@ -74,7 +74,9 @@ def test_residuals_carried_over_several_blocks_of_columns_change_nothing() -> No
     metric = _metric(case)
     start = _start(case, metric, "nearest", 3, 24, False)
     scale, zero = per_column(start.grid.group_scale, 24), per_column(start.grid.group_zero, 24)
-    expected, margin = descent_sweep(case.weight, start.codes, scale, zero, 3, metric.refinement_moment, metric.order)
+    expected, margin = descent_sweep(
+        case.weight, start.codes, scale, zero, 3, metric.refinement_block(slice(None)), metric.order
+    )
     found = descend(case.weight, start, metric)
     assert equal_up_to_ties(found.codes, expected, margin, metric.order, 1e-3)
     assert float((found.codes == expected).double().mean()) > 0.97

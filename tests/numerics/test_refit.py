@@ -42,7 +42,7 @@ def test_every_row_gets_its_least_squares_scales(bits: int, group_size: int) -> 
     for row in range(10):
         exact, kept = refit_row(
             case.weight[row].double(), start.codes[row].double(), start.grid.group_scale[row].double(),
-            start.grid.group_zero[row].double(), group_size, metric.refinement_moment.double(), BF16,
+            start.grid.group_zero[row].double(), group_size, metric.refinement_block(slice(None)).double(), BF16,
         )  # fmt: skip
         near = (found.grid.group_scale[row].double() - exact).abs() <= exact.abs() / 200
         same += bool(torch.equal(found.grid.group_scale[row].double(), kept) or near.all())
@@ -56,7 +56,7 @@ def test_more_groups_than_are_solved_at_once_still_never_raise_the_objective() -
     metric = _metric(case)
     start = _start(case, metric, 3, 8, False)
     found = refit(case.weight, start, metric, BF16)
-    errors = [objective(error_of(case.weight, entry), metric.refinement_moment) for entry in (start, found)]
+    errors = [objective(error_of(case.weight, entry), metric.refinement_block(slice(None))) for entry in (start, found)]
     assert errors[1] < errors[0]
     changed = (found.grid.group_scale != start.grid.group_scale).any(dim=0)
     assert bool(changed[:GROUPS_AT_ONCE].any())
@@ -77,7 +77,7 @@ def test_the_best_zero_point_of_all_is_found_where_one_was_wrong() -> None:
             tried = found.grid.group_zero.clone()
             tried[row, 1] = zero
             entry = QuantizedWeight(codes, replace(found.grid, group_zero=tried))
-            errors[zero] = objective(error_of(case.weight, entry), metric.refinement_moment)
+            errors[zero] = objective(error_of(case.weight, entry), metric.refinement_block(slice(None)))
         assert errors[int(found.grid.group_zero[row, 1])] <= min(errors.values()) * (1 + 1e-6)
 
 
@@ -89,7 +89,7 @@ def test_zero_points_move_where_they_were_wrong() -> None:
     found = refit(case.weight, QuantizedWeight(codes, off), metric, BF16)
     assert bool((found.grid.group_zero != off.group_zero).any())
     errors = [
-        objective(error_of(case.weight, entry), metric.refinement_moment)
+        objective(error_of(case.weight, entry), metric.refinement_block(slice(None)))
         for entry in (QuantizedWeight(codes, off), found)
     ]
     assert errors[1] < 0.3 * errors[0]
@@ -139,7 +139,7 @@ def test_descent_and_refit_in_turn_never_raise_the_objective(
     for _ in range(4):
         chosen.append(descend(case.weight, chosen[-1], metric))
         chosen.append(refit(case.weight, chosen[-1], metric, BF16))
-    errors = [objective(error_of(case.weight, entry), metric.refinement_moment) for entry in chosen]
+    errors = [objective(error_of(case.weight, entry), metric.refinement_block(slice(None))) for entry in chosen]
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
     assert errors[2] < errors[0] * 0.999
     assert errors[-1] < errors[2]

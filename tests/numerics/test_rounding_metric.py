@@ -9,6 +9,7 @@ from numerics.reference import conditional_variance
 from torch import Tensor
 
 from awqkit.numerics import rounding_metric as rounding_metric_module
+from awqkit.numerics.output_error import diagonal_blocks
 from awqkit.numerics.rounding_metric import (
     RoundingMetric,
     energy_order,
@@ -83,11 +84,25 @@ def test_a_scaled_metric_is_the_metric_of_the_scaled_input() -> None:
     found = metric.scaled(s)
     fresh = rounding_metric(metric.moment / s / s[:, None], metric.order, 0.05)
     assert torch.equal(found.order, fresh.order)
-    torch.testing.assert_close(found.refinement_moment, metric.refinement_moment / s / s[:, None])
+    torch.testing.assert_close(
+        found.refinement_block(slice(None)), metric.refinement_block(slice(None)) / s / s[:, None]
+    )
     torch.testing.assert_close(found.damping, fresh.damping)
     torch.testing.assert_close(found.rounding_factor(slice(None)), fresh.factor, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.variance, metric.variance / s.square(), rtol=1e-4, atol=0)
     torch.testing.assert_close(found.damped, metric.damped / s / s[:, None])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_refinement_reads_of_h_is_part_of_one_matrix(scaled: bool) -> None:
+    metric = _metric().scaled(_scale()) if scaled else _metric()
+    whole, columns = metric.refinement_block(slice(None)), slice(10, 30)
+    error = torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(metric.refinement_block(columns), whole[columns, columns])
+    torch.testing.assert_close(metric.ordered_refinement_rows(columns), whole[metric.order][columns][:, metric.order])
+    torch.testing.assert_close(metric.pushed(error), error @ whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(metric.pushed(error[:, columns], columns), error[:, columns] @ whole[columns])
+    torch.testing.assert_close(metric.refinement_sums(8), torch.stack([t.sum() for t in diagonal_blocks(whole, 5)]))
 
 
 def test_the_energy_order_is_indifferent_to_a_channel_scale_and_act_order_is_not() -> None:

@@ -27,21 +27,21 @@ def refit(
     weight: Tensor, quantized: QuantizedWeight, metric: RoundingMetric, stored_dtype: torch.dtype
 ) -> QuantizedWeight:
     """The same codes on a grid whose Δ (and z, if asymmetric) fit them better. weight: float32 `[out, in]`."""
-    grid, moment = quantized.grid, metric.refinement_moment
+    grid = quantized.grid
     rows, groups = grid.group_scale.shape
     steps = quantized.codes.to(torch.float32).reshape(rows, groups, -1) - grid.group_zero.unsqueeze(-1)
-    residual = (dequantize(quantized.codes, grid) - weight) @ moment
+    residual = metric.pushed(dequantize(quantized.codes, grid) - weight)
     group_scale = grid.group_scale.clone()
     for start in range(0, groups, GROUPS_AT_ONCE):
         some = slice(start, start + GROUPS_AT_ONCE)
         columns = slice(start * grid.group_size, (start + GROUPS_AT_ONCE) * grid.group_size)
-        block, pull = moment[columns, columns], residual[:, columns].reshape(steps[:, some].shape)
+        block, pull = metric.refinement_block(columns), residual[:, columns].reshape(steps[:, some].shape)
         change = _scale_changes(steps[:, some], pull, block, group_scale[:, some], stored_dtype)
         group_scale[:, some] += change
-        residual.addmm_((steps[:, some] * change.unsqueeze(-1)).reshape(rows, -1), moment[columns])
+        residual += metric.pushed((steps[:, some] * change.unsqueeze(-1)).reshape(rows, -1), columns)
     group_zero = grid.group_zero
     if not grid.symmetric:
-        group_zero = _shifted_zeros(group_zero, group_scale, residual, moment, float(2**grid.bits - 1))
+        group_zero = _shifted_zeros(group_zero, group_scale, residual, metric, float(2**grid.bits - 1))
     return QuantizedWeight(quantized.codes, replace(grid, group_scale=group_scale, group_zero=group_zero))
 
 
@@ -75,11 +75,12 @@ def _curvature(steps: Tensor, moment: Tensor) -> Tensor:
     return torch.cat(products).transpose(0, 1).contiguous()
 
 
-def _shifted_zeros(group_zero: Tensor, group_scale: Tensor, residual: Tensor, moment: Tensor, top: float) -> Tensor:
+def _shifted_zeros(
+    group_zero: Tensor, group_scale: Tensor, residual: Tensor, metric: RoundingMetric, top: float
+) -> Tensor:
     """Zero points `[out, groups]` after each row's best single move, repeated until no row gains."""
     rows, groups = group_zero.shape
-    tiles = moment.reshape(groups, -1, groups, moment.shape[0] // groups)
-    weight_of_group = tiles.diagonal(dim1=0, dim2=2).sum(dim=(0, 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    weight_of_group = metric.refinement_sums(groups).clamp(min=torch.finfo(torch.float32).tiny)
     for _ in range(groups):
         pull = residual.reshape(rows, groups, -1).sum(dim=-1)
         shift = (pull / (group_scale * weight_of_group)).round_()
@@ -90,6 +91,6 @@ def _shifted_zeros(group_zero: Tensor, group_scale: Tensor, residual: Tensor, mo
             break
         chosen = torch.nn.functional.one_hot(best, groups) * (gain < 0).unsqueeze(-1)
         group_zero = group_zero + shift * chosen
-        moved = (move * chosen).unsqueeze(-1).expand(-1, -1, moment.shape[0] // groups).reshape(rows, -1)
-        residual = residual - moved @ moment
+        moved = (move * chosen).unsqueeze(-1).expand(-1, -1, residual.shape[1] // groups).reshape(rows, -1)
+        residual = residual - metric.pushed(moved)
     return group_zero

@@ -38,7 +38,7 @@ class RoundingMetric:
     moment: H of x `[in, in]` float32, undamped. damping: λ of x / s `[in]`, added to the diagonal. order: `[in]` int64,
     the columns as they are rounded. factor: U of x `[in, in]` float32 upper triangular, rows and columns in `order`.
     damp_ratio: what was needed for a factorisation, at least what was asked for. channel_scale: s `[in]`, or None where
-    it is 1. H and U of x / s are made when they are asked for, each of them gigabytes where `in` is large.
+    it is 1. H and U of x / s are made row by row as they are asked for: each is gigabytes where `in` is large.
     """
 
     moment: Tensor
@@ -51,37 +51,52 @@ class RoundingMetric:
     @property
     def damped(self) -> Tensor:
         """H + λ of x / s, `[in, in]`."""
-        return self._with_diagonal(self.damping)
+        return self._block(slice(None), 1.0)
 
-    @property
-    def refinement_moment(self) -> Tensor:
-        """H with a thousandth of λ, `[in, in]`: what descent and refit minimise.
+    def refinement_block(self, columns: slice) -> Tensor:
+        """Of H with a thousandth of λ, of x / s, `[columns, columns]`: what descent and refit minimise.
 
         GPTQ needs damping against what it cannot take back. Descent and refit can, and with all of λ they pull away
         from what the calibration says (docs/log.md); the rest of λ keeps dead channels finite.
         """
-        return self._with_diagonal(self.damping * _REFINEMENT_SHARE)
+        return self._block(columns, _REFINEMENT_SHARE)
 
-    @property
-    def ordered_refinement_moment(self) -> Tensor:
-        """`refinement_moment`, rows and columns in `order`."""
-        return self._with_diagonal(self.damping * _REFINEMENT_SHARE, self.order)
+    def ordered_refinement_rows(self, block: slice) -> Tensor:
+        """Rows of what `refinement_block` is a block of, `[block, in]`, rows and columns in `order`."""
+        order, scale = self.order[block], self.channel_scale
+        found = self.moment.index_select(0, order).index_select(1, self.order)
+        if scale is not None:
+            found.div_(scale[self.order]).div_(scale[order].unsqueeze(1))
+        found.diagonal(block.start).add_(self.damping[order], alpha=_REFINEMENT_SHARE)
+        return found
+
+    def pushed(self, error: Tensor, columns: slice = slice(None)) -> Tensor:
+        """E times what `refinement_block` is a block of, `[rows, in]`; error: E `[rows, columns]`, 0 elsewhere."""
+        scale = self.channel_scale
+        found = (error if scale is None else error / scale[columns]) @ self.moment[columns]
+        if scale is not None:
+            found.div_(scale)
+        found[:, columns].addcmul_(error, self.damping[columns], value=_REFINEMENT_SHARE)
+        return found
+
+    def refinement_sums(self, groups: int) -> Tensor:
+        """What each group's own part of that adds up to, `[groups]`."""
+        tiles = self.moment.reshape(groups, -1, groups, self.moment.shape[0] // groups).diagonal(dim1=0, dim2=2)
+        if self.channel_scale is not None:
+            scale = self.channel_scale.reshape(groups, -1).t()  # [g, groups]
+            tiles = tiles / scale / scale.unsqueeze(1)
+        return tiles.sum(dim=(0, 1)).add_(self.damping.reshape(groups, -1).sum(dim=1), alpha=_REFINEMENT_SHARE)
 
     def rounding_factor(self, block: slice) -> Tensor:
         """Rows of U of x / s, `[block, in]`, rows and columns in `order`."""
         rows = self.factor[block]
         return rows if self.channel_scale is None else rows * self.channel_scale[self.order]
 
-    def _with_diagonal(self, added: Tensor, order: Tensor | None = None) -> Tensor:
-        scale = self.channel_scale
-        if order is None:
-            found = self.moment.clone()
-        else:  # rows and columns in one step: of two, each would make another of this size
-            found, added = self.moment[order.unsqueeze(1), order], added[order]
-            scale = None if scale is None else scale[order]
+    def _block(self, columns: slice, share: float) -> Tensor:
+        found, scale = self.moment[columns, columns].clone(), self.channel_scale
         if scale is not None:
-            found.div_(scale).div_(scale.unsqueeze(1))
-        found.diagonal().add_(added)
+            found.div_(scale[columns]).div_(scale[columns].unsqueeze(1))
+        found.diagonal().add_(self.damping[columns], alpha=share)
         return found
 
     @property

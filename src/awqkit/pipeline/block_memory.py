@@ -17,7 +17,7 @@ from awqkit.recipe import Recipe
 _SHARE = 0.5  # of the memory that a block leaves, for a batch; the rest is for what is kept of all rows
 _EXPERTS_SHARE = 0.25  # of the free memory, for the statistics of a block's experts
 _BATCH_BYTES = 2.6e9  # beyond it a GPU computes no faster: 8192 tokens of a block with hidden states of 4096
-_METRIC_COPIES = 4  # of the widest H, beside that of the statistics: Ĥ, C, U, and H in the order of columns
+_METRIC_COPIES = 4  # of the widest H, beside that of the statistics: Ĥ, C, U, and one on the way to U
 _WEIGHT_COPIES = 6  # of the largest weight: scaled, codes, restored, and what a search holds of each
 
 
