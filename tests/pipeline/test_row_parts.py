@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 from tiny_contexts import CPU, block_context, token_ids
 from tiny_models import tiny_model
+from torch import Tensor
 
+from awqkit.numerics.statistics import Gram, added_gram_
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.ranks import Ranks, _packed, _unpacked, asked_size, dealt
 from awqkit.pipeline.row_parts import by_part, in_pairs, own_rows
@@ -63,6 +67,30 @@ def test_sums_go_in_pairs_and_hold_few_values() -> None:
     assert in_pairs(iter("abcd"), added) == "((ab)(cd))"
     assert in_pairs(iter("ab"), added) == "(ab)"
     assert in_pairs(iter("abcdefg"), added) == "(((ab)(cd))((ef)g))"
+    assert in_pairs(iter("abcd"), added, lambda value: value + "'") == "((a'b)'(c'd))'"
+
+
+def test_a_sum_that_waits_is_not_held_beside_the_next_value() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def parts() -> Iterator[Tensor]:
+        for _ in range(4):
+            assert not any(each() is not None for each in alive)
+            part = torch.ones(2)
+            alive.append(weakref.ref(part))
+            yield part
+            del part
+
+    assert in_pairs(parts(), torch.add, torch.clone).tolist() == [4.0, 4.0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_sums_on_the_host_are_added_where_the_others_are() -> None:
+    waited, here = torch.randn(1500, 1500), torch.randn(1500, 1500, device="cuda")
+    expected = waited.cuda() + here
+    found = added_gram_(Gram(1.0, waited), Gram(2.0, here))
+    assert (found.weight_sum, found.gram.data_ptr()) == (3.0, here.data_ptr())
+    assert torch.equal(found.gram, expected)
 
 
 def test_work_is_dealt_by_cost() -> None:

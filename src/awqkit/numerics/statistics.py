@@ -148,8 +148,20 @@ def finished(statistics: Statistics) -> Statistics:
 
 
 def added_gram_(first: Gram, second: Gram) -> Gram:
-    """The sum of two, both as they are while accumulating or both mirrored; the first one's buffer is reused."""
-    return Gram(first.weight_sum + second.weight_sum, first.gram.add_(second.gram))
+    """The sum of two, both as they are while accumulating or both mirrored; the first one's buffer is reused.
+
+    Where the first was set aside on the host, the second's is.
+    """
+    return Gram(first.weight_sum + second.weight_sum, _plus_(first.gram, second.gram))
+
+
+def _plus_(first: Tensor, second: Tensor) -> Tensor:
+    if first.device == second.device:
+        return first.add_(second)
+    for start in range(0, len(second), _TILE):  # a piece at a time: there is no room for both
+        rows = slice(start, start + _TILE)
+        second[rows].add_(first[rows].to(second.device))
+    return second
 
 
 def added_(first: Statistics, second: Statistics) -> Statistics:
@@ -256,9 +268,9 @@ def accumulate_paired_(
 
 
 def added_paired_(first: PairedStatistics, second: PairedStatistics) -> PairedStatistics:
-    """The sum of two, while accumulating; the first one's buffers are reused."""
+    """The sum of two, while accumulating, as `added_gram_` adds."""
     together = added_gram_(first.quantized, second.quantized)
-    return PairedStatistics(together, first.cross_gram.add_(second.cross_gram))
+    return PairedStatistics(together, _plus_(first.cross_gram, second.cross_gram))
 
 
 def finished_paired(paired: PairedStatistics) -> PairedStatistics:

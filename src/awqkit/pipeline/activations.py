@@ -161,7 +161,7 @@ class HiddenStates:
     @property
     def tokens_per_batch(self) -> int:
         """How many tokens the largest batch holds."""
-        return max(part.stop - part.start for part in self._batches) * self._rows.ids.shape[1]
+        return max((part.stop - part.start for part in self._batches), default=0) * self._rows.ids.shape[1]
 
     @property
     def num_batches(self) -> int:

@@ -279,14 +279,14 @@ def _on_both_streams(
         originals.let_go()
         stage("follow")
         pairs = ((part, kept.at(entry.first, part), inputs, mask) for part, inputs, mask in rows.at(entry, quantized))
-        paired, checked = observe_pair(context, entry, pairs, own, observed.token_weight), None
+        paired, checked = observe_pair(context, entry, pairs, own, observed.token_weight, rows.batch_bytes), None
         if context.recipe.propagation == AUTO and held_out is not None and held_out.quantized is not None:
             original = StoppedRows(context, held_out.original, wait=False).at(entry, {})
             reached = StoppedRows(context, held_out.quantized, wait=False).at(entry, quantized)
             both = (
                 (part, inputs, met, mask) for (part, inputs, mask), (_, met, _) in zip(original, reached, strict=True)
             )
-            checked = observe_pair(context, entry, both, held_out.original.own)
+            checked = observe_pair(context, entry, both, held_out.original.own, reserved=rows.batch_bytes)
         stage("search")
         return propagated_evidence(paired, checked, readers, choices, for_others=for_others)
 

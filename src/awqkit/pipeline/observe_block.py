@@ -244,10 +244,10 @@ def _summed(
                     run_with_all_experts(partial(see, leave_out=others), structure.experts)
                 if moves_on:
                     rows.write(part, *output)
-            yield observer.found
+            yield observer.taken()
 
-    seen = summed_statistics(context.ranks, of_parts(), len(rows.own.ends))
-    observer.found = {}
+    reserved = float(rows.tokens_per_batch * context.memory.token)
+    seen = summed_statistics(context.ranks, of_parts(), len(rows.own.ends), reserved)
     return {name: finished(seen.pop(name)) for name in list(seen)}  # no two of each at once
 
 
@@ -277,6 +277,11 @@ class _Observer:
     def begin(self) -> None:
         """Begin with no tokens."""
         self.found = {each.name: empty_statistics(each.num_channels, self._device, each.block) for each in self._sums}
+
+    def taken(self) -> dict[str, Statistics]:
+        """What was found, which is not held here any longer."""
+        found, self.found = self.found, {}
+        return found
 
     def see(
         self,
@@ -319,8 +324,9 @@ def observe_pair(
     pairs: Iterable[Pair],
     own: OwnRows,
     token_weight: Tensor | None = None,
+    reserved: float = 0.0,
 ) -> PairedStatistics:
-    """One linear input on both streams. own: which rows these are."""
+    """One linear input on both streams. own: which rows these are. reserved: bytes that computing `pairs` takes."""
 
     def of_parts() -> Iterator[PairedStatistics]:
         for batches in by_part(pairs, own.ends):
@@ -330,8 +336,9 @@ def observe_pair(
                 pair = (original.to(torch.bfloat16), reached.to(torch.bfloat16))
                 paired = accumulate_paired_(paired, *pair, mask, _weights_of(token_weight, part, reached))
             yield paired
+            del paired  # not beside the next
 
-    return finished_paired(summed_paired(context.ranks, of_parts()))
+    return finished_paired(summed_paired(context.ranks, of_parts(), reserved))
 
 
 def _weights_of(token_weight: Tensor | None, part: slice, hidden: Tensor) -> Tensor | None:

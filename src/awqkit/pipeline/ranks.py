@@ -41,7 +41,7 @@ class Ranks:
     """This process's place among `size` that work on one run. One process alone exchanges nothing.
 
     device: where exchanged tensors are wanted. host: a gloo group, for tensors in host memory. cards: an NCCL group,
-    where every rank has a GPU to itself, or None. pairs: gloo groups of two, one for each level of the sum.
+    where every rank has a GPU to itself, or None. pairs, card_pairs: groups of two, one for each level of the sum.
     """
 
     rank: int = 0
@@ -51,6 +51,7 @@ class Ranks:
     _host: Any = None
     _cards: Any = None
     _pairs: tuple[Any, ...] = ()
+    _card_pairs: tuple[Any, ...] = ()
     _told: list[int] = field(default_factory=lambda: [0], compare=False)
 
     @classmethod
@@ -70,9 +71,16 @@ class Ranks:
 
     @property
     def num_parts(self) -> int:
-        """In how many parts the ranks together sum over the rows: four on 1, 2 and 4 CPUs, so that they agree."""
-        fixed = self.device.type == "cpu" and _TREE_PARTS % self.size == 0
-        return _TREE_PARTS if fixed else self.size
+        """In how many parts the ranks together sum over the rows: four on 1, 2 and 4 ranks, so that they agree."""
+        return _TREE_PARTS if _TREE_PARTS % self.size == 0 else self.size
+
+    @property
+    def num_pieces(self) -> int:
+        """In how many pieces the rows of a large linear are rounded: on GPUs no more than there are ranks.
+
+        A product of fewer rows may differ in its last bits there, and takes a GPU nearly as long as one of all.
+        """
+        return self.num_parts if self.device.type == "cpu" else self.size
 
     def summed(self, *tensors: Tensor) -> list[Tensor]:
         """The sum of each over all ranks, added in pairs, pairs of pairs, and so on; the given may be overwritten."""
@@ -86,7 +94,8 @@ class Ranks:
         if self._cards is not None and tensor.device.type == "cuda":
             tensor = tensor.contiguous()
             with _lost():
-                dist.all_reduce(tensor, group=self._cards)
+                for group in self._card_pairs or (self._cards,):
+                    dist.all_reduce(tensor, group=group)
             return tensor
         here = tensor.cpu().contiguous()
         with _lost():
@@ -243,7 +252,8 @@ def started_ranks(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_NO_ANSWER)
         own_cards = len(set(devices)) == size and all("cuda" in each for each in devices)
         cards = dist.new_group(backend="nccl", timeout=_NO_ANSWER) if own_cards and dist.is_nccl_available() else None
-        ranks = Ranks(rank, size, device, store, dist.group.WORLD, cards, _pairs(rank, size))
+        card_pairs = () if cards is None or size == 2 else _pairs(rank, size, "nccl")
+        ranks = Ranks(rank, size, device, store, dist.group.WORLD, cards, _pairs(rank, size, "gloo"), card_pairs)
     try:
         yield ranks
     except BaseException as error:
@@ -277,7 +287,7 @@ def dealt(costs: Sequence[float], size: int) -> list[int]:
     return owners
 
 
-def _pairs(rank: int, size: int) -> tuple[Any, ...]:
+def _pairs(rank: int, size: int, backend: str) -> tuple[Any, ...]:
     """The groups in which this rank sums, level by level, where the ranks are a power of two; else none."""
     if size & (size - 1):
         return ()
@@ -285,7 +295,7 @@ def _pairs(rank: int, size: int) -> tuple[Any, ...]:
     while distance < size:
         for first in range(size):
             if not first & distance:  # every rank makes every group, in the same order
-                group = dist.new_group([first, first | distance], backend="gloo", timeout=_NO_ANSWER)
+                group = dist.new_group([first, first | distance], backend=backend, timeout=_NO_ANSWER)
                 if rank in (first, first | distance):
                     own.append(group)
         distance *= 2

@@ -64,14 +64,18 @@ def copies_of_sums(ranks: Ranks) -> int:
     return 1 + (own_parts - 1).bit_length() + (ranks.size > 1)
 
 
-def in_pairs(values: Iterable[T], added: Callable[[T, T], T]) -> T:
-    """((v0 + v1) + (v2 + v3)) + …: no more than a few of the values are alive at a time."""
+def in_pairs(values: Iterable[T], added: Callable[[T, T], T], wait: Callable[[T], T] = lambda value: value) -> T:
+    """((v0 + v1) + (v2 + v3)) + …: no more than a few of the values are alive at a time.
+
+    wait: what becomes of a value that waits for its partner, which is the first that `added` is given.
+    """
     stack: list[tuple[int, T]] = []
     for value in values:
         level = 0
         while stack and stack[-1][0] == level:
             value, level = added(stack.pop()[1], value), level + 1
-        stack.append((level, value))
+        stack.append((level, wait(value)))
+        del value  # a value on its own may be gigabytes, and the next is made now
     total = stack.pop()[1]
     while stack:
         total = added(stack.pop()[1], total)

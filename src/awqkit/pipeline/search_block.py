@@ -290,7 +290,7 @@ def _round_in_parts(
 ) -> dict[str, Rounded]:
     """Large linears, whose rows do not meet, after clip, rounding and refinement: each rank has some rows of each."""
     pieces: list[tuple[str, LinearInput, slice]] = []
-    parts = context.ranks.num_parts
+    parts = context.ranks.num_pieces
     for entry, wanted in shares:
         for name in wanted if entry.expert is None and parts > 1 else ():
             rows, row_weight = len(context.weight(name)), measured.row_weights.get(name)

@@ -50,8 +50,10 @@ def measure_sensitivity(
                     if view.weight in outputs and outputs[view.weight].grad is not None:
                         found[view.name] = accumulate_gram_(found[view.name], outputs[view.weight].grad, mask)
             yield found
+            del found  # not beside the next
 
-    found = summed_grams(context.ranks, of_parts())
+    reserved = float(rows.tokens_per_batch * context.memory.token)
+    found = summed_grams(context.ranks, of_parts(), reserved)
     grams = {name: second_moment(mirrored_(summed)) for name, summed in found.items()}
     return {
         name: gram if bool(gram.any()) else torch.eye(len(gram), device=gram.device) for name, gram in grams.items()

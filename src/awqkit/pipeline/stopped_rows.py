@@ -33,6 +33,11 @@ class StoppedRows:
         self._until: str | None = None
         self._runs: dict[int, StoppingRun] = {}
 
+    @property
+    def batch_bytes(self) -> float:
+        """What a batch on its way takes of the device."""
+        return float(self._rows.tokens_per_batch * self._context.memory.token)
+
     def at(self, entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Iterator[Reached]:
         """Row slice, the inputs there and the mask, batch by batch; all batches are to be taken.
 

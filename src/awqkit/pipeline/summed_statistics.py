@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from awqkit.numerics.statistics import (
     Gram,
@@ -16,21 +19,29 @@ from awqkit.numerics.statistics import (
     added_paired_,
     sampled_evenly,
 )
+from awqkit.pipeline.free_memory import is_spare
 from awqkit.pipeline.ranks import Ranks
 from awqkit.pipeline.row_parts import in_pairs
 
+Summed = TypeVar("Summed", Statistics, Gram)
 
-def summed_statistics(ranks: Ranks, parts: Iterable[Mapping[str, Statistics]], own_parts: int) -> dict[str, Statistics]:
+
+def summed_statistics(
+    ranks: Ranks, parts: Iterable[Mapping[str, Statistics]], own_parts: int, reserved: float = 0.0
+) -> dict[str, Statistics]:
     """By name, of the parts of this rank's rows and of every other rank's; while accumulating, as each part is.
 
-    own_parts: how many this rank has; all have as many.
+    own_parts: how many this rank has; all have as many. reserved: bytes of the device that the next part needs beside
+    its own sums, for which sums that wait go to the host.
     """
 
     def added(first: dict[str, Statistics], second: dict[str, Statistics]) -> dict[str, Statistics]:
         return {name: added_(found, second[name]) for name, found in first.items()}
 
-    short = ({name: sampled_evenly(found, own_parts * ranks.size) for name, found in part.items()} for part in parts)
-    own = in_pairs(short, added)
+    def short(part: Mapping[str, Statistics]) -> dict[str, Statistics]:
+        return {name: sampled_evenly(found, own_parts * ranks.size) for name, found in part.items()}
+
+    own = in_pairs(map(short, parts), added, partial(_aside, reserved=reserved))
     if ranks.size == 1:
         return own
     grams = summed_grams(ranks, [{name: Gram(found.weight_sum, found.gram) for name, found in own.items()}])
@@ -53,21 +64,26 @@ def summed_statistics(ranks: Ranks, parts: Iterable[Mapping[str, Statistics]], o
     }
 
 
-def summed_grams(ranks: Ranks, parts: Iterable[Mapping[str, Gram]]) -> dict[str, Gram]:
+def summed_grams(ranks: Ranks, parts: Iterable[Mapping[str, Gram]], reserved: float = 0.0) -> dict[str, Gram]:
     """The same of grams alone."""
 
     def added(first: dict[str, Gram], second: dict[str, Gram]) -> dict[str, Gram]:
         return {name: added_gram_(found, second[name]) for name, found in first.items()}
 
-    own = in_pairs((dict(part) for part in parts), added)
+    own = in_pairs(map(dict, parts), added, partial(_aside, reserved=reserved))
     weights = summed_numbers(ranks, [[found.weight_sum for found in own.values()]])
     grams = ranks.summed(*(found.gram for found in own.values()))
     return {name: Gram(*each) for name, each in zip(own, zip(weights, grams, strict=True), strict=True)}
 
 
-def summed_paired(ranks: Ranks, parts: Iterable[PairedStatistics]) -> PairedStatistics:
+def summed_paired(ranks: Ranks, parts: Iterable[PairedStatistics], reserved: float = 0.0) -> PairedStatistics:
     """The same of one input on both streams."""
-    own = in_pairs(parts, added_paired_)
+
+    def waiting(paired: PairedStatistics) -> PairedStatistics:
+        grams = _where_there_is_room([paired.quantized.gram, paired.cross_gram], reserved)
+        return PairedStatistics(replace(paired.quantized, gram=grams[0]), grams[1])
+
+    own = in_pairs(parts, added_paired_, waiting)
     quantized = summed_grams(ranks, [{"": own.quantized}])[""]
     (cross_gram,) = ranks.summed(own.cross_gram)
     return replace(own, quantized=quantized, cross_gram=cross_gram)
@@ -80,3 +96,16 @@ def summed_numbers(ranks: Ranks, parts: Iterable[list[float]]) -> list[float]:
         return own
     (total,) = ranks.summed(torch.tensor(own, dtype=torch.float64))
     return total.tolist()
+
+
+def _aside(part: dict[str, Summed], reserved: float) -> dict[str, Summed]:
+    grams = _where_there_is_room([found.gram for found in part.values()], reserved)
+    return {name: replace(found, gram=gram) for (name, found), gram in zip(part.items(), grams, strict=True)}
+
+
+def _where_there_is_room(grams: list[Tensor], reserved: float) -> list[Tensor]:
+    """Grams as they are, or on the host where the device has no room for two more such sums."""
+    device, size = grams[0].device if grams else torch.device("cpu"), sum(gram.nbytes for gram in grams)
+    if device.type == "cpu" or is_spare(2.0 * size, 1.0, reserved, device):
+        return grams
+    return [gram.cpu() for gram in grams]
