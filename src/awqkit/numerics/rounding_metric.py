@@ -208,20 +208,18 @@ def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | No
         matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not bool((failed == 0) & torch.isfinite(matrix.diagonal()).all()):
             return None
-        matrix = _inverted(matrix)
+        matrix = _inverted_(matrix)
     matrix = matrix.flip(0, 1).div_(size[order])
     return matrix.contiguous()  # a solve on a GPU answers column-major, and kernels walk along rows
 
 
-def _inverted(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix by halves: a third of the work of solving for all columns."""
+def _inverted_(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, in its place, by halves: a third of the work of solving for all."""
     size = len(lower)
     if size <= _SOLVED_AT_ONCE:
         identity = torch.eye(size, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
     half = size // 2
-    inverse = torch.zeros_like(lower)
-    inverse[:half, :half] = first = _inverted(lower[:half, :half])
-    inverse[half:, half:] = second = _inverted(lower[half:, half:])
-    inverse[half:, :half] = -(second @ (lower[half:, :half] @ first))
-    return inverse
+    first, second = _inverted_(lower[:half, :half]), _inverted_(lower[half:, half:])
+    lower[half:, :half] = (second @ (lower[half:, :half] @ first)).neg_()
+    return lower
