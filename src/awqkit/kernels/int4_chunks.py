@@ -17,7 +17,6 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -110,8 +109,9 @@ def _on_gpu(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _joined_reference(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bounds: Tensor) -> Tensor:
-    parts = [slice(*pair) for pair in pairwise(bounds.tolist())]
-    return torch.cat([_reference(x, words[part], scale[part], zero[part]).flatten() for part in parts])
+    sizes = bounds.diff().tolist()
+    weights = zip(words.split(sizes), scale.split(sizes), zero.split(sizes), strict=True)
+    return torch.cat([_reference(x, *weight).flatten() for weight in weights])
 
 
 def _joined_on_gpu(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bounds: Tensor) -> Tensor:
