@@ -34,15 +34,17 @@ class Attention(nn.Module):
         self.q = _linear(32, torch.linspace(-2.0, 2.0, 32))
         self.kv = nn.ModuleList([_linear(16), _linear(16)])
         self.o = _linear(32)
-        self.added, self.skips, self.seen = 0.0, False, weakref.ref(self)
+        self.adds_in_place = self.adds = self.skips = False
+        self.seen = weakref.ref(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * 2
         if not torch.compiler.is_compiling():
             self.seen = weakref.ref(x)
         q = self.q(x)
-        if self.added:
-            x.add_(self.added)
+        if self.adds_in_place:
+            x.add_(1)
+        x = x + 1 if self.adds else x
         k, v = self.kv[0](x), x[..., :16] if self.skips else self.kv[1](x)
         rows = q.view(len(x) * q.shape[1] * WIDTH)  # as only something contiguous can be seen
         return self.o(rows.view_as(x) * torch.cat([k, v], dim=-1))
@@ -124,7 +126,10 @@ def test_gradients_pass_as_they_do_apart(pair: tuple[Tiny, Tiny]) -> None:
     assert torch.equal(pair[0].words.weight.grad, pair[1].words.weight.grad)
 
 
-@pytest.mark.parametrize(("change", "inference"), [("added", False), ("skips", False), ("skips", True)])
+@pytest.mark.parametrize(
+    ("change", "inference"),
+    [("adds_in_place", False), ("adds", False), ("adds", True), ("skips", False), ("skips", True)],
+)
 def test_a_pass_unlike_the_one_seen_is_right_and_keeps_nothing(
     change: str, inference: bool, pair: tuple[Tiny, Tiny]
 ) -> None:
@@ -141,11 +146,30 @@ def test_a_pass_unlike_the_one_seen_is_right_and_keeps_nothing(
 
 def test_a_linear_called_by_itself_computes_alone(pair: tuple[Tiny, Tiny]) -> None:
     x, block = torch.randn(1, WIDTH).to(torch.bfloat16), pair[0].blocks[0]
+    _run(pair[0], _ids(1, 1))
     _, alone, together = _run(block.q, x)
     assert (alone, together) == (1, 0)
     block.q(x)
     x.data.zero_()
     assert not block.kv[0](x).any()
+
+
+def test_readers_in_a_list_are_joined_and_a_block_that_is_called_twice_is_not() -> None:
+    class Listed(nn.Module):
+        def __init__(self, twice: bool) -> None:
+            super().__init__()
+            self.words, self.twice = nn.Embedding(8, WIDTH, dtype=torch.bfloat16), twice
+            self.parts = nn.ModuleList([_linear(32), _linear(16)])
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            x = self.parts[0](x) + self.parts[1](x).repeat(1, 1, 2)
+            return self.parts[0](x) + self.parts[1](x).repeat(1, 1, 2) if self.twice else x
+
+    for twice, counts in ((False, (0, 1)), (True, (4, 0))):
+        model = Listed(twice)
+        join_products(model, CPU)
+        assert _run(model, _ids(1, 1))[1:] == counts
 
 
 def test_what_is_moved_or_given_another_weight_is_joined_no_more(pair: tuple[Tiny, Tiny]) -> None:

@@ -17,9 +17,9 @@ from awqkit.kernels.int4_chunks import PackedChunks, can_join, joined_matmul
 class JoinedProducts:
     """The weights of several linears as rows of one, and their products while a call of one module lasts.
 
-    A product is taken by readers in their order, and only for the very tensor it was computed from, unchanged: whoever
-    has another one, or comes at another time, computes alone. The module that holds all readers opens and closes; what
-    some reader left lying then was computed in vain, and is not computed again.
+    Products are given only to who brings the very tensor they were computed from, unchanged; whoever has another one,
+    or comes before the first reader or after the last, computes alone. The module that holds all readers opens and
+    closes: where the last reader did not come until then, products were computed in vain, and are not computed again.
     """
 
     def __init__(self, weights: Sequence[PackedChunks]) -> None:
@@ -34,7 +34,7 @@ class JoinedProducts:
             torch._dynamo.mark_static_address(held)
         self._held: tuple[PackedChunks, Tensor] | None = weight, bounds
         self._open = False
-        self._kept: tuple[Tensor, int, Tensor, int] | None = None  # x, its version, products, who comes next
+        self._kept: tuple[Tensor, int, Tensor] | None = None  # x, its version, products
 
     def rows_of(self, reader: int) -> tuple[Tensor, Tensor, Tensor]:
         """Words, Δ and z of one reader, views of those of all."""
@@ -52,11 +52,11 @@ class JoinedProducts:
             products = joined_matmul(x, *held)
         else:
             kept = self._kept
-            if kept is None or kept[0] is not x or kept[1] != version or kept[3] != reader:
+            if kept is None or kept[0] is not x or kept[1] != version:
                 return None
             products = kept[2]
         last = reader + 2 == len(self._ends)
-        self._kept = None if last else (x, version, products, reader + 1)
+        self._kept = None if last else (x, version, products)
         rows, start, end = x.numel() // x.shape[-1], self._ends[reader], self._ends[reader + 1]
         return products[rows * start : rows * end].view(*x.shape[:-1], end - start)
 
