@@ -18,7 +18,17 @@ from typing import Any
 
 import torch
 from bench import RESULTS, environment, save, write
-from decoder_model import DENSE, SHAPES, Shape, build, bytes_a_token, fitting_group_size, free, weight_bytes
+from decoder_model import (
+    CHUNKS_APART,
+    DENSE,
+    SHAPES,
+    Shape,
+    build,
+    bytes_a_token,
+    fitting_group_size,
+    free,
+    weight_bytes,
+)
 from product_times import product_rows, tile_rows
 from token_steps import Decoding, greedy, seconds_a_step
 
@@ -51,14 +61,15 @@ def main() -> None:
         write(args.name, result, args.results)
         print(f"{time.perf_counter() - started:6.1f} s  {part}: {_line(row)}", flush=True)
 
+    measured = list(dict.fromkeys([*shape.linears(), *shape.joined_linears()]))
     if "products" in args.parts:
-        _attempt(keep, "products", product_rows(shape.linears(), args.batches, group_size, device))
+        _attempt(keep, "products", product_rows(measured, args.batches, group_size, device))
         free(device)
     if "models" in args.parts:
         for kind in args.kinds:
             _measure_model(args, shape, group_size, device, kind, result["models"], keep)
     if "tiles" in args.parts:
-        _attempt(keep, "tiles", tile_rows(shape.linears(), args.batches, group_size, device))
+        _attempt(keep, "tiles", tile_rows(measured, args.batches, group_size, device))
     save(args.name, result, args.results)
 
 
@@ -72,7 +83,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=64, help="steps that are timed")
     parser.add_argument("--context", type=int, default=128, help="tokens in the cache when decoding starts")
-    parser.add_argument("--kinds", nargs="+", choices=[DENSE, TILES, CHUNKS], default=[DENSE, TILES, CHUNKS])
+    kinds = [DENSE, TILES, CHUNKS]
+    parser.add_argument("--kinds", nargs="+", choices=[*kinds, CHUNKS_APART], default=kinds)
     parser.add_argument("--parts", nargs="+", choices=["products", "models", "tiles"], default=["products", "models"])
     parser.add_argument("--compile", type=int, nargs="*", default=[], help="batches to measure compiled as well")
     parser.add_argument("--no-eager", action="store_true", help="do not time eager steps")

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from awqkit.evaluation.load import put_module
 from awqkit.evaluation.packed_linear import PackedLinear
+from awqkit.evaluation.shared_inputs import join_products
+from awqkit.kernels.int4_matmul import CHUNKS
 from awqkit.model.transformers_bridge import empty_model
 from awqkit.numerics.grid import Grid, QuantizedWeight
 
 DENSE = "bf16"
+CHUNKS_APART = "chunks-apart"  # CHUNKS with every product a launch of its own
 _STD = 0.02
 
 
@@ -47,6 +50,11 @@ class Shape:
         kinds = [(self.hidden, self.hidden), (key_value, self.hidden), (self.mlp, self.hidden), (self.hidden, self.mlp)]
         return list(dict.fromkeys(kinds))
 
+    def joined_linears(self) -> list[tuple[int, int]]:
+        """(out, in) of what q, k and v are together, and gate and up."""
+        key_value = self.key_value_heads * (self.hidden // self.heads)
+        return [(self.hidden + 2 * key_value, self.hidden), (2 * self.mlp, self.hidden)]
+
 
 SHAPES = {
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000),
@@ -63,7 +71,10 @@ def fitting_group_size(shape: Shape, wanted: int) -> int:
 
 
 def build(shape: Shape, kind: str, dtype: torch.dtype, group_size: int, positions: int, device: torch.device) -> Any:
-    """A causal language model with random weights. kind: DENSE, or the int4 kernel that its blocks' linears use."""
+    """A causal language model with random weights. kind: DENSE, or the int4 kernel that its blocks' linears use.
+
+    Products of one input are joined as `awqkit.load` joins them, but for CHUNKS_APART.
+    """
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -83,7 +94,8 @@ def build(shape: Shape, kind: str, dtype: torch.dtype, group_size: int, position
         for path, part in linears:
             if part is not model.get_output_embeddings():
                 weight = random_weight(part.out_features, part.in_features, group_size, device)
-                put_module(model, path, PackedLinear(weight, None, dtype, kernel=kind))
+                kernel = CHUNKS if kind == CHUNKS_APART else kind
+                put_module(model, path, PackedLinear(weight, None, dtype, kernel=kernel))
     for name, value in list(model.named_parameters()):
         parent, _, leaf = name.rpartition(".")
         filled = torch.empty(value.shape, dtype=dtype, device=device)
@@ -92,6 +104,8 @@ def build(shape: Shape, kind: str, dtype: torch.dtype, group_size: int, position
     for name, value in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = value.to(device)
+    if kind == CHUNKS:
+        join_products(model.eval(), device)
     return model.eval()
 
 

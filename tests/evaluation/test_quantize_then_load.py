@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from awqkit import Recipe, RunOptions, load, quantize
 from awqkit.evaluation.evaluate import evaluate_windows
 from awqkit.evaluation.packed_linear import PackedLinear
+from awqkit.kernels.int4_matmul import CHUNKS
 from awqkit.numerics.divergence import token_kl
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.pipeline import run as pipeline_run
@@ -228,6 +229,17 @@ def test_the_loaded_model_generates(dtype: torch.dtype | None) -> None:
         ids = loaded.generate(token_ids(2, 6), max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=191)
     assert ids.shape[1] > 6
     assert torch.equal(ids[:, :6], token_ids(2, 6))
+
+
+def test_linears_that_read_one_input_are_joined_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = case_of("llama").directory
+    plain = _logits(load(directory, dtype=torch.float32, device="cpu"))
+    monkeypatch.setattr("awqkit.evaluation.packed_linear.int4_kernel", lambda *_: CHUNKS)  # as where there is a GPU
+    loaded = load(directory, dtype=torch.float32, device="cpu")
+    packed = {path: part for path, part in loaded.named_modules() if isinstance(part, PackedLinear)}
+    apart = {path.rpartition(".")[2] for path, part in packed.items() if part.joined is None}
+    assert apart == {"o_proj", "down_proj"}
+    torch.testing.assert_close(_logits(loaded), plain)
 
 
 def test_a_full_precision_folder_loads_as_it_is(tmp_path: Path) -> None:

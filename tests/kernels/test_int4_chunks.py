@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from awqkit.kernels.int4_chunks import (
     chunks_fit,
     chunks_matmul,
     dequantize_chunks,
+    joined_matmul,
     pack_chunks,
     unpack_codes,
 )
@@ -43,9 +45,10 @@ _PROGRAM = """
 import sys
 sys.path[:0] = {path!r}
 import torch
-from test_int4_chunks import SHAPES, compare
+from test_int4_chunks import SHAPES, compare, compare_joined
 for shape in SHAPES:
     compare(*shape, "cpu", (torch.float16,))  # the interpreter holds no bfloat16
+compare_joined("cpu", torch.float16)
 """
 
 
@@ -85,6 +88,21 @@ def compare(out_features: int, in_features: int, group_size: int, device: str, d
             x = (inputs(1, in_features) * size).to(dtype)
             found = int4_chunks_triton.one_row(x.to(device), *there)
             assert relative_error(found.cpu(), x, exact) < _ROUNDING[dtype], (size, dtype)
+
+
+def compare_joined(device: str, dtype: torch.dtype) -> None:
+    """Several weights in one product, of sizes that no tile divides, against one weight of their rows."""
+    from awqkit.kernels import int4_chunks_triton
+
+    weight, bounds = packed(quantized(37 + 24 + 70, 384, 64)), [0, 37, 61, 131]
+    there = [part.to(device) for part in (weight.words, weight.scale, weight.zero)]
+    for rows in (2, 33):
+        x = inputs(rows, 384).to(dtype).to(device)
+        plain = int4_chunks_triton.few_rows(x, *there)
+        ends = torch.tensor(bounds, dtype=torch.int32, device=device)
+        found = int4_chunks_triton.few_rows(x, *there, bounds=ends).flatten()
+        expected = [plain[:, first:end].flatten() for first, end in pairwise(bounds)]
+        assert torch.equal(found, torch.cat(expected))
 
 
 def inputs(*shape: int) -> Tensor:
@@ -146,7 +164,9 @@ def test_the_operator_can_be_compiled_whole() -> None:
     parts, x = packed(quantized(32, 128, 32)), inputs(1, 128).to(torch.bfloat16)
     compiled = torch.compile(lambda x: chunks_matmul(x, parts) * 2, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), chunks_matmul(x, parts) * 2)
-    torch.library.opcheck(torch.ops.awqkit.int4_chunks_matmul, (x, parts.words, parts.scale, parts.zero))
+    arguments = (x, parts.words, parts.scale, parts.zero)
+    torch.library.opcheck(torch.ops.awqkit.int4_chunks_matmul, arguments)
+    torch.library.opcheck(torch.ops.awqkit.int4_chunks_joined, (*arguments, torch.tensor([0, 8, 32])))
 
 
 @needs_triton
@@ -162,6 +182,18 @@ def test_triton_bodies_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("out_features", "in_features", "group_size"), [*SHAPES, (4096, 4096, 128), (512, 11008, 32)])
 def test_triton_bodies_on_a_gpu(out_features: int, in_features: int, group_size: int) -> None:
     compare(out_features, in_features, group_size, "cuda", tuple(_ROUNDING))
+
+
+@needs_triton
+@needs_cuda
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_joined_products_on_a_gpu(rows: int) -> None:
+    weight, x = packed(quantized(192, 1024, 128)), inputs(rows, 1024).to(torch.bfloat16).cuda()
+    there, bounds = PackedChunks(weight.words.cuda(), weight.scale.cuda(), weight.zero.cuda()), [0, 128, 160, 192]
+    found = joined_matmul(x, there, torch.tensor(bounds, dtype=torch.int32, device="cuda"))
+    plain = chunks_matmul(x, there)
+    assert torch.equal(found, torch.cat([plain[:, first:end].flatten() for first, end in pairwise(bounds)]))
+    compare_joined("cuda", torch.bfloat16)
 
 
 @needs_triton

@@ -13,6 +13,7 @@ from awqkit.checkpoint.reader import Checkpoint
 from awqkit.errors import CheckpointError
 from awqkit.evaluation.int8_linear import Int8Linear
 from awqkit.evaluation.packed_linear import PackedLinear
+from awqkit.evaluation.shared_inputs import join_products
 from awqkit.formats.format import Format, stored_format
 from awqkit.formats.scheme import StoredConfig
 from awqkit.model.disk_places import Place, joined, places_on_disk
@@ -46,7 +47,9 @@ def load_checkpoint(
     for disk_path, path in paths.items():
         put_module(model, path, packed_linear(packed, disk_path, dtype, device))
     fill_rest(model, checkpoint, list(paths.values()), dtype, device, stacks)
-    return finish_loading(model, checkpoint.directory)
+    model = finish_loading(model, checkpoint.directory)
+    join_products(model, device)
+    return model
 
 
 @dataclass(frozen=True, slots=True)

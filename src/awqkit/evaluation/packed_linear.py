@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awqkit.kernels.int4_chunks import dequantize_chunks, pack_chunks, unpack_codes
+from awqkit.evaluation.joined_products import JoinedProducts
+from awqkit.kernels.int4_chunks import PackedChunks, dequantize_chunks, pack_chunks, unpack_codes
 from awqkit.kernels.int4_matmul import CHUNKS, TILES, dequantize_matmul, int4_kernel, pack_for_kernel, tiles_matmul
 from awqkit.numerics.grid import Grid, QuantizedWeight, dequantize
+
+_PARTS = ("words", "scale", "zero")
 
 
 class PackedLinear(nn.Module):
@@ -28,6 +33,8 @@ class PackedLinear(nn.Module):
         if grid.bits == 4 and kernel is None:
             kernel = int4_kernel(weight.codes.device, dtype, *weight.codes.shape, grid.group_size)
         self.kernel = kernel
+        self.joined: JoinedProducts | None = None
+        self.reader = 0
         if kernel == CHUNKS:
             chunks = pack_chunks(weight.codes, grid.group_scale, grid.group_zero, grid.group_size)
             self.register_buffer("words", chunks.words)
@@ -68,6 +75,35 @@ class PackedLinear(nn.Module):
             codes, scale, zero = self._codes(), self.group_scale, self.group_zero
         return QuantizedWeight(codes, Grid(self.bits, self.group_size, self.symmetric, scale.float(), zero.float()))
 
+    @property
+    def chunks(self) -> PackedChunks:
+        """The weight in the layout of the kernel CHUNKS."""
+        return PackedChunks(self.words, self.scale, self.zero)
+
+    def join(self, joined: JoinedProducts, reader: int) -> None:
+        """Take products from `joined` where it has them; the weight becomes a view of what `joined` holds."""
+        for name, rows in zip(_PARTS, joined.rows_of(reader), strict=True):
+            self._buffers[name] = rows
+        self.joined, self.reader = joined, reader
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _PARTS:
+            self._part()
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        before = [self._buffers.get(name) for name in _PARTS]
+        super()._apply(fn, recurse)
+        if any(self._buffers.get(name) is not held for name, held in zip(_PARTS, before, strict=True)):
+            self._part()
+        return self
+
+    def _part(self) -> None:
+        """The weight is another one, or elsewhere: no product is joined with this one any more."""
+        if self.joined is not None:
+            self.joined.end()
+            self.joined = None
+
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]` in the dtype of x."""
         if self.kernel is None:
@@ -75,7 +111,9 @@ class PackedLinear(nn.Module):
         if self.kernel == CHUNKS:
             if x.requires_grad and torch.is_grad_enabled():  # the kernel has no gradient, the weight needs none
                 return F.linear(x, self.weight.to(x.dtype), self.bias)
-            product = torch.ops.awqkit.int4_chunks_matmul(x, self.words, self.scale, self.zero)
+            product = None if self.joined is None else self.joined.product(x, self.reader)
+            if product is None:
+                product = torch.ops.awqkit.int4_chunks_matmul(x, self.words, self.scale, self.zero)
         else:
             product = tiles_matmul(x, self.layout, self.offsets, self.group_size)
         return product if self.bias is None else product + self.bias

@@ -71,6 +71,20 @@ def chunks_matmul(x: Tensor, weight: PackedChunks) -> Tensor:
     return torch.ops.awqkit.int4_chunks_matmul(x, weight.words, weight.scale, weight.zero)
 
 
+def can_join(x: Tensor) -> bool:
+    """Whether products of x with several weights are worth one launch: few rows, which no weight is dequantized for."""
+    return 0 < x.numel() // x.shape[-1] <= _MOST_ROWS and x.dtype in _DTYPES
+
+
+def joined_matmul(x: Tensor, weight: PackedChunks, bounds: Tensor) -> Tensor:
+    """x · Wᵀ of several weights that lie one after the other in `weight`; for x that `can_join`. No gradient.
+
+    bounds: int32, the first output feature of every one of them, and the number of all. The result is flat: all rows of
+    the first product, then those of the second, so that each of them is contiguous.
+    """
+    return torch.ops.awqkit.int4_chunks_joined(x, weight.words, weight.scale, weight.zero, bounds)
+
+
 def dequantize_chunks(words: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
     """(q − z) · Δ in float32, rounded to `dtype`, `[out, in]`; the parts of a PackedChunks."""
     if words.is_cuda:
@@ -92,6 +106,24 @@ def _on_gpu(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
             return F.linear(x, _triton().dequantize(words, scale, zero, x.dtype))
         product = _triton().one_row if len(rows) == 1 else _triton().few_rows
         return product(rows, words, scale, zero).reshape(*x.shape[:-1], len(words))
+
+
+def _joined_reference(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bounds: Tensor) -> Tensor:
+    sizes = bounds.diff().tolist()
+    weights = zip(words.split(sizes), scale.split(sizes), zero.split(sizes), strict=True)
+    return torch.cat([_reference(x, *weight).flatten() for weight in weights])
+
+
+def _joined_on_gpu(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bounds: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    with torch.cuda.device(x.device):
+        if len(rows) == 1:
+            return _triton().one_row(rows, words, scale, zero).flatten()
+        return _triton().few_rows(rows, words, scale, zero, bounds=bounds).flatten()
+
+
+def _joined_shape_alone(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bounds: Tensor) -> Tensor:
+    return x.new_empty(x.numel() // x.shape[-1] * len(words))
 
 
 def _shape_alone(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -119,3 +151,7 @@ _OPERATORS.define("int4_chunks_matmul(Tensor x, Tensor words, Tensor scale, Tens
 _OPERATORS.impl("int4_chunks_matmul", _reference, "CPU")
 _OPERATORS.impl("int4_chunks_matmul", _on_gpu, "CUDA")
 torch.library.register_fake("awqkit::int4_chunks_matmul", _shape_alone, lib=_OPERATORS)
+_OPERATORS.define("int4_chunks_joined(Tensor x, Tensor words, Tensor scale, Tensor zero, Tensor bounds) -> Tensor")
+_OPERATORS.impl("int4_chunks_joined", _joined_reference, "CPU")
+_OPERATORS.impl("int4_chunks_joined", _joined_on_gpu, "CUDA")
+torch.library.register_fake("awqkit::int4_chunks_joined", _joined_shape_alone, lib=_OPERATORS)

@@ -86,9 +86,10 @@ def _one_row_kernel(
 
 @triton.jit
 def _few_rows_kernel(
-    x, words, scale, zero, partial,
+    x, words, scale, zero, bounds, partial,
     num_rows, num_out, num_chunks, num_groups, mask,
     TURNS: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr, WORDS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     rows, features = tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT)
     word, column = tl.arange(0, WORDS), tl.arange(0, 8 * WORDS)
@@ -127,7 +128,13 @@ def _few_rows_kernel(
             steps = tl.permute(tl.join(evens, odds), (2, 3, 4, 1, 0))
             product = tl.dot(inputs, tl.reshape(steps, (8 * WORDS, OUT)))
         total += product * step[None, :]
-    at = (tl.program_id(1) * num_rows + rows[:, None]) * num_out + features[None, :]
+    first, width = features * 0, features * 0 + num_out  # of the weight that a feature is of, its features
+    for weight in tl.static_range(WEIGHTS):
+        start, end = tl.load(bounds + weight), tl.load(bounds + weight + 1)
+        first = tl.where(features >= start, start, first)
+        width = tl.where(features >= start, end - start, width)
+    at = tl.program_id(1) * num_rows * num_out + (first * num_rows + features - first)[None, :]
+    at += rows[:, None] * width[None, :]
     real = real_rows[:, None] & (features < num_out)[None, :]
     tl.store(partial + at, total.to(partial.dtype.element_ty), mask=real)
 
@@ -176,9 +183,12 @@ def one_row(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, tile: tuple[i
 
 def few_rows(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor,
-    tile: tuple[int, int] | None = None, programs: int = _PROGRAMS,
+    tile: tuple[int, int] | None = None, programs: int = _PROGRAMS, bounds: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x `[rows, in]` contiguous -> `[rows, out]`, rows at most 64; programs: how many to split the chunks for."""
+    """x `[rows, in]` contiguous -> `[rows, out]`, rows at most 64; programs: how many to split the chunks for.
+
+    bounds: of the weights that lie one after the other; the result has their products one after the other.
+    """
     (out_features, chunks, num_words), groups, (width, warps) = words.shape, scale.shape[1], tile or _FEW_ROWS_TILE
     rows, across = len(x), triton.cdiv(out_features, width)
     each = triton.cdiv(chunks, max(1, min(chunks, programs // across)))
@@ -186,9 +196,10 @@ def few_rows(
     out = x.new_empty(rows, out_features)
     partial = out if parts == 1 else x.new_empty(parts, rows, out_features, dtype=torch.float32)
     _few_rows_kernel[(across, parts)](
-        x, words, scale, zero, partial, rows, out_features, chunks, groups, _MASK, TURNS=each,
+        x, words, scale, zero, bounds, partial, rows, out_features, chunks, groups, _MASK, TURNS=each,
         CHUNKS_A_GROUP=chunks // groups, WORDS=num_words, OUT=width,
-        ROWS=max(_LEAST_ROWS, triton.next_power_of_2(rows)), num_warps=warps,
+        ROWS=max(_LEAST_ROWS, triton.next_power_of_2(rows)), WEIGHTS=0 if bounds is None else len(bounds) - 1,
+        num_warps=warps,
     )  # fmt: skip
     if parts > 1:
         _sum_kernel[(triton.cdiv(out.numel(), 512),)](partial, out, out.numel(), PARTIALS=parts, SIZE=512, num_warps=4)
