@@ -1,4 +1,4 @@
-"""What cannot be captured as a CUDA graph because it waits for the device, found before a capture that it would break."""
+"""What waits for the device cannot be captured as a CUDA graph; it is found before a capture that it would break."""
 
 from __future__ import annotations
 
