@@ -23,7 +23,7 @@ _ALIGNED = 8  # kernels of masked attention want rows of whole 16 bytes
 # Root mean square error of the chosen tokens' log probabilities ÷ their standard deviation. SmolLM2-135M rounds by
 # 0.000002 in float32 and 0.006 in bfloat16; seeing 100 of 127 tokens is 0.4, and none but the last 2.5.
 _ROUNDING = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
-_APART = "with a cache of fixed size it computes something else than without one, by {:.2g} of the spread of log probabilities"
+_APART = "a cache of fixed size changes the log probabilities that it computes, by {:.2g} of their spread"
 
 
 def decode_tokens(
