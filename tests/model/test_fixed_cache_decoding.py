@@ -120,7 +120,7 @@ def test_rows_are_the_same_whoever_writes_them_and_a_refusal_is_told_once(
 
 
 def test_memory_that_runs_out_halves_the_passages_also_within_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, step = [], Decoding._eager_step
+    sizes, step = [], Decoding._step
 
     def short_of_memory(decoding: Decoding) -> None:
         sizes.append(len(decoding.tokens))
@@ -131,7 +131,7 @@ def test_memory_that_runs_out_halves_the_passages_also_within_a_capture(monkeypa
                 raise RuntimeError("the capture was invalidated")
         step(decoding)
 
-    monkeypatch.setattr(Decoding, "_eager_step", short_of_memory)
+    monkeypatch.setattr(Decoding, "_step", short_of_memory)
     monkeypatch.setattr(generate, "_REPLAYED_ON", ("cpu",))
     monkeypatch.setitem(generate._AT_ONCE, "cpu", 4)
     told: list[str] = []

@@ -53,26 +53,26 @@ def decode_tokens(
 class Decoding:
     """Rows and what is written behind them, `tokens` `[rows, tokens]` int64, complete after `write`.
 
-    It begins as a step on each row. On the CPU it computes what a captured one does on a GPU.
+    What is captured is what it computes uncaptured, on any device.
     """
 
     def __init__(self, model: nn.Module, rows: Tensor, num_tokens: int, seed: int) -> None:
-        table = next(model.parameters())
+        weight = next(model.parameters())
         count, self._given = rows.shape
         self._steps = self._given + num_tokens - 1
         positions = -(-self._steps // _ALIGNED) * _ALIGNED
-        self._model, self._cache, self.dtype = model, fixed_cache(model, positions), table.dtype
+        self._model, self._cache, self.dtype = model, fixed_cache(model, positions), weight.dtype
         self.tokens = torch.cat([rows, rows.new_zeros(count, num_tokens)], dim=1)
         before = torch.zeros(self._given - 1, count, 1)  # a chance for every step, also those through what is given
         self._chances = torch.cat([before, draw_chances(num_tokens, count, seed)]).to(rows.device)
         self._log_chosen = torch.zeros(min(_PROVED, count), self._steps, device=rows.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=rows.device)
         self._columns = torch.arange(positions, device=rows.device)
-        self._seen = torch.zeros((), dtype=table.dtype, device=rows.device)
-        self._unseen = torch.full((), -torch.inf, dtype=table.dtype, device=rows.device)
-        self._step: Callable[[], None] = self._eager_step
+        self._seen = torch.zeros((), dtype=weight.dtype, device=rows.device)
+        self._unseen = torch.full((), -torch.inf, dtype=weight.dtype, device=rows.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
 
-    def _eager_step(self) -> None:
+    def _step(self) -> None:
         """One more token of each row, and the next position."""
         # a mask of four dimensions is taken as it is: transformers' own would have to know a length on the host
         mask = torch.where(self._columns <= self._position, self._seen, self._unseen)
@@ -98,14 +98,14 @@ class Decoding:
         stream.wait_stream(usual)
         # around all of it: a capture that fails leaves its stream the current one
         with torch.cuda.device(device), torch.cuda.stream(stream):
-            self._eager_step()  # makes the cache, which waits
+            self._step()  # makes the cache, which waits
             with waiting_refused():
-                self._eager_step()
+                self._step()
             with torch.cuda.graph(graph, stream=stream):
-                self._eager_step()
+                self._step()
         usual.wait_stream(stream)
         self.restart()
-        self._step = graph.replay
+        self._graph = graph
 
     def restart(self) -> None:
         """Back to the first token. Raises ModelError where the cache cannot be emptied in place."""
@@ -116,8 +116,9 @@ class Decoding:
 
     def write(self, step: Callable[[int], None]) -> None:
         """All tokens; step(done): called after each."""
+        advance = self._step if self._graph is None else self._graph.replay
         for done in range(self._steps):
-            self._step()
+            advance()
             if done + 1 >= self._given:
                 step(done + 2 - self._given)
 
