@@ -21,8 +21,8 @@ NUM_TOKENS = 20
 
 
 def _begun(rows: int = 6) -> Tensor:
-    """Passages of two tokens to go on with."""
-    return torch.randint(3, VOCABULARY, (rows, 2), generator=torch.Generator().manual_seed(1))
+    """Passages of three tokens to go on with."""
+    return torch.randint(3, VOCABULARY, (rows, 3), generator=torch.Generator().manual_seed(1))
 
 
 def _decoded(model: Any, seed: int = 5, step: Callable[[int], None] = lambda done: None) -> Tensor | str:
@@ -37,7 +37,7 @@ def test_tokens_are_drawn_from_what_the_model_says_without_a_cache(family: str, 
     model, told = tiny_model(family, **choices), []
     written = _decoded(model, step=told.append)
     with torch.no_grad():
-        logits = model(input_ids=written[:, :-1], use_cache=False).logits[:, 1:].double()
+        logits = model(input_ids=written[:, :-1], use_cache=False).logits[:, 2:].double()
     chances = draw_chances(NUM_TOKENS, len(written), 5)
     drawn = [drawn_tokens(logits[:, done], chances[done]) for done in range(NUM_TOKENS)]
     assert torch.equal(written, torch.cat([_begun(), *drawn], dim=1))
