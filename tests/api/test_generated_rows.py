@@ -12,7 +12,9 @@ from tiny_models import save_tiny, tiny_model, token_rows
 from awqkit import Recipe, RunOptions, quantize
 from awqkit.api import generated_rows
 from awqkit.api.calibration_rows import given_rows
+from awqkit.errors import ModelError
 from awqkit.events import Caution, Event, Notice, TaskFinished, TaskStarted
+from awqkit.model import fixed_cache_decoding, generate
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.free_memory import free_bytes
 from awqkit.report.analysis import fallbacks
@@ -75,6 +77,20 @@ def test_a_model_that_cannot_generate_is_quantized_all_the_same(
     assert summary["generated_rows"] == 0
     assert any(isinstance(event, Caution) and "AttributeError: no generate here" in event.text for event in events)
     assert "AttributeError" in summary["not_generated"]
+
+
+def test_a_model_that_takes_no_fixed_cache_writes_the_same_and_a_notice_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise ModelError("no such cache")
+
+    monkeypatch.setattr(generate, "_REPLAYED_ON", ("cpu",))
+    monkeypatch.setattr(fixed_cache_decoding, "fixed_cache", refused)
+    summary, events = _quantized(model, tmp_path / "out")
+    assert summary["generated_rows"] == 4
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert [text for text in notices if "without CUDA graphs, slower: no such cache" in text]
 
 
 def test_free_memory_is_known_on_linux() -> None:

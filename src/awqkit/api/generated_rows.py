@@ -115,6 +115,7 @@ def _written(
         seed=seed,
         start_tokens=rows.summary.start_tokens,
         step=lambda done, total: emit(TaskAdvanced(_TASK, done / total)),
+        told=lambda text: emit(Notice(text)),
     )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from awqkit.errors import CheckpointError, ModelError, gist
-from awqkit.numerics.draw import drawn_tokens
+from awqkit.numerics.draw import draw_chances, drawn_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,13 +231,13 @@ def sample_tokens(
     """
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-    generator = torch.Generator().manual_seed(seed)
+    chances = iter(draw_chances(num_tokens, len(rows), seed))
 
     class Draw(LogitsProcessor):
         """One token a row: faster than torch's multinomial, on its own seed."""
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            drawn = drawn_tokens(scores, torch.rand(len(scores), 1, generator=generator).to(scores.device))
+            drawn = drawn_tokens(scores, next(chances).to(scores.device))
             step(input_ids.shape[1] + 1 - rows.shape[1])
             return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
 
@@ -253,6 +253,20 @@ def sample_tokens(
             )
     finally:
         model.generation_config = usual
+
+
+def fixed_cache(model: nn.Module, positions: int) -> Any:
+    """A cache for `model` with room for `positions` tokens from the start, written in place, with every token in it.
+
+    Raises ModelError where a window of the model's is shorter, and whatever transformers does where it has none.
+    """
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=positions)
+    kept = min((getattr(layer, "max_cache_len", positions) for layer in cache.layers), default=positions)
+    if kept < positions:  # what leaves a window is decided on the host
+        raise ModelError(f"it looks back at {kept} tokens, and {positions} are written")
+    return cache
 
 
 @contextlib.contextmanager

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def draw_chances(num_tokens: int, num_rows: int, seed: int) -> Tensor:
+    """`[tokens, rows, 1]` float32, uniform in [0, 1), on the CPU: the same ones however they are used up."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.rand(num_rows, 1, generator=generator) for _ in range(num_tokens)])
+
+
 def drawn_tokens(logits: Tensor, chance: Tensor) -> Tensor:
     """Token ids `[rows, 1]` int64: where the cumulated probabilities of `logits` `[rows, vocabulary]` pass `chance`.
 

@@ -6,14 +6,14 @@ graph is launched as one. The head stays outside: it is run between the two, as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from awqkit.errors import gist
 from awqkit.model.block_calls import BlockCall, Carried
+from awqkit.model.device_waits import waiting_refused
 from awqkit.pipeline.tunable_block import TunableBlock
 
 
@@ -68,7 +68,7 @@ class _CapturedPass:
         stream.wait_stream(usual)
         # around all of it: a capture that fails leaves its stream the current one
         with torch.cuda.device(device), torch.cuda.stream(stream), torch.enable_grad():
-            with _waiting_refused():  # what waits for the device is found before a capture that it would break
+            with waiting_refused():  # what waits for the device is found before a capture that it would break
                 output = _through(blocks, self._hidden, calls)
                 self._felt = torch.zeros_like(output)
                 self._gradients(output)
@@ -99,17 +99,6 @@ class _CapturedPass:
         self._back.replay()
         for leaf, found in zip(self._leaves, self._found, strict=True):
             leaf.grad = found
-
-
-@contextmanager
-def _waiting_refused() -> Iterator[None]:
-    """Inside, an operator that makes the host wait for the device raises RuntimeError."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def _through(
