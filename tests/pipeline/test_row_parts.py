@@ -67,7 +67,8 @@ def test_sums_go_in_pairs_and_hold_few_values() -> None:
     assert in_pairs(iter("abcd"), added) == "((ab)(cd))"
     assert in_pairs(iter("ab"), added) == "(ab)"
     assert in_pairs(iter("abcdefg"), added) == "(((ab)(cd))((ef)g))"
-    assert in_pairs(iter("abcd"), added, lambda value: value + "'") == "((a'b)'(c'd))'"
+    assert in_pairs(iter("abcd"), added, lambda value: value + "'", 4) == "((a'b)'(c'd))"
+    assert in_pairs(iter("abc"), added, lambda value: value + "'", 3) == "((a'b)'c)"
 
 
 def test_a_sum_that_waits_is_not_held_beside_the_next_value() -> None:
@@ -81,7 +82,7 @@ def test_a_sum_that_waits_is_not_held_beside_the_next_value() -> None:
             yield part
             del part
 
-    assert in_pairs(parts(), torch.add, torch.clone).tolist() == [4.0, 4.0]
+    assert in_pairs(parts(), torch.add, torch.clone, 4).tolist() == [4.0, 4.0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from awqkit.evaluation.joined_products import JoinedProducts
 from awqkit.evaluation.packed_linear import PackedLinear
+from awqkit.kernels.int4_chunks import can_be_joined
 from awqkit.kernels.int4_matmul import CHUNKS
 
 Read = tuple[str, PackedLinear, Tensor, int]  # path of a linear, what it read, and how often that had been changed
@@ -46,7 +47,9 @@ def join_products(model: nn.Module, device: torch.device) -> None:
 
 
 def _can_be_joined(part: nn.Module) -> bool:
-    return isinstance(part, PackedLinear) and part.kernel == CHUNKS and part.joined is None
+    if not isinstance(part, PackedLinear) or part.kernel != CHUNKS or part.joined is not None:
+        return False
+    return can_be_joined(part.chunks)
 
 
 def _note(reads: list[Read], path: str, linear: PackedLinear, args: tuple[Any, ...]) -> None:

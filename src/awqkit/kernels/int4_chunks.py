@@ -3,7 +3,7 @@
     y_r = Σ_g Δ_rg Σ_{k in g} (q_rk − z_rg) x_k          q − z whole, sums and Δ in float32, y rounded once
 
 No weight is rounded: Δ is kept in the narrowest dtype that holds it exactly. From `_MOST_ROWS` rows on the weight is
-dequantized instead, rounded to the dtype of x like that of a dense model, and multiplied by torch.
+dequantized instead, rounded to the dtype of x like that of a dense model, and multiplied by torch; so are groups of 16.
 
 A chunk is gcd(group size, 128) input channels of one output feature: W words of int32, W = chunk / 8. Code i of word j,
 at bits 4i, is channel i · W + j of the chunk, so the inputs of one i are neighbours.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 _LARGEST_CHUNK, _SMALLEST_CHUNK = 128, 16
 _MOST_ROWS = 64
+_LEAST_WORDS = 4  # of a chunk, that a product is made with: with two, tl.dot was wrong on an H200 for up to 32 rows
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -76,6 +77,11 @@ def can_join(x: Tensor) -> bool:
     return 0 < x.numel() // x.shape[-1] <= _MOST_ROWS and x.dtype in _DTYPES
 
 
+def can_be_joined(weight: PackedChunks) -> bool:
+    """Whether products with such a weight are made without dequantizing it."""
+    return weight.words.shape[2] >= _LEAST_WORDS
+
+
 def joined_matmul(x: Tensor, weight: PackedChunks, bounds: Tensor) -> Tensor:
     """x · Wᵀ of several weights that lie one after the other in `weight`; for x that `can_join`. No gradient.
 
@@ -102,7 +108,7 @@ def _reference(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 def _on_gpu(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     with torch.cuda.device(x.device):
-        if not 0 < len(rows) <= _MOST_ROWS or x.dtype not in _DTYPES:
+        if not 0 < len(rows) <= _MOST_ROWS or x.dtype not in _DTYPES or words.shape[2] < _LEAST_WORDS:
             return F.linear(x, _triton().dequantize(words, scale, zero, x.dtype))
         product = _triton().one_row if len(rows) == 1 else _triton().few_rows
         return product(rows, words, scale, zero).reshape(*x.shape[:-1], len(words))

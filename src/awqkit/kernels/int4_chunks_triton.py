@@ -16,7 +16,6 @@ from torch import Tensor
 # Output features of a program and warps: every warp has all of the features, which share what is done to x
 _ONE_ROW_TILE, _LONG_ROW_TILE = (8, 2), (8, 4)
 _LONG_ROW = 1024  # words, from which on twice the warps read a row faster
-_LEAST_WORDS = 4  # of a chunk, for `one_row`: with two of them it was wrong on an H200, and nowhere else
 _FEW_ROWS_TILE = (64, 4)
 _DEQUANTIZE_TILE = (64, 4)
 _LEAST_ROWS = 16  # of a product of tl.dot
@@ -169,8 +168,6 @@ def _dequantize_kernel(
 def one_row(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
     """x `[1, in]` -> `[1, out]`; the rest as in `int4_chunks.PackedChunks`. tile: output features and warps."""
     (out_features, chunks, num_words), groups = words.shape, scale.shape[1]
-    if num_words < _LEAST_WORDS:
-        return few_rows(x, words, scale, zero)
     width, warps = tile or (_LONG_ROW_TILE if chunks * num_words > _LONG_ROW else _ONE_ROW_TILE)
     out, split = x.new_empty(1, out_features), 32 * warps * _WORDS_A_LANE // num_words
     _one_row_kernel[(triton.cdiv(out_features, width),)](

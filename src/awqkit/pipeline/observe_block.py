@@ -338,7 +338,7 @@ def observe_pair(
             yield paired
             del paired  # not beside the next
 
-    return finished_paired(summed_paired(context.ranks, of_parts(), reserved))
+    return finished_paired(summed_paired(context.ranks, of_parts(), len(own.ends), reserved))
 
 
 def _weights_of(token_weight: Tensor | None, part: slice, hidden: Tensor) -> Tensor | None:

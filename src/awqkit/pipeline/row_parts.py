@@ -64,18 +64,21 @@ def copies_of_sums(ranks: Ranks) -> int:
     return 1 + (own_parts - 1).bit_length() + (ranks.size > 1)
 
 
-def in_pairs(values: Iterable[T], added: Callable[[T, T], T], wait: Callable[[T], T] = lambda value: value) -> T:
+def in_pairs(
+    values: Iterable[T], added: Callable[[T, T], T], wait: Callable[[T], T] | None = None, count: int = 0
+) -> T:
     """((v0 + v1) + (v2 + v3)) + …: no more than a few of the values are alive at a time.
 
-    wait: what becomes of a value that waits for its partner, which is the first that `added` is given.
+    wait: what becomes of a sum while the next value is made; `added` is given it first. count: how many values there
+    are, where `wait` is given.
     """
     stack: list[tuple[int, T]] = []
-    for value in values:
+    for number, value in enumerate(values, 1):
         level = 0
         while stack and stack[-1][0] == level:
             value, level = added(stack.pop()[1], value), level + 1
-        stack.append((level, wait(value)))
-        del value  # a value on its own may be gigabytes, and the next is made now
+        stack.append((level, value if wait is None or number == count else wait(value)))
+        del value  # one on its own may be gigabytes, and the next is made now
     total = stack.pop()[1]
     while stack:
         total = added(stack.pop()[1], total)

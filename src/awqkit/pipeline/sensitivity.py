@@ -53,7 +53,7 @@ def measure_sensitivity(
             del found  # not beside the next
 
     reserved = float(rows.tokens_per_batch * context.memory.token)
-    found = summed_grams(context.ranks, of_parts(), reserved)
+    found = summed_grams(context.ranks, of_parts(), len(rows.own.ends), reserved)
     grams = {name: second_moment(mirrored_(summed)) for name, summed in found.items()}
     return {
         name: gram if bool(gram.any()) else torch.eye(len(gram), device=gram.device) for name, gram in grams.items()

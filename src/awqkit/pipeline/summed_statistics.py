@@ -41,10 +41,10 @@ def summed_statistics(
     def short(part: Mapping[str, Statistics]) -> dict[str, Statistics]:
         return {name: sampled_evenly(found, own_parts * ranks.size) for name, found in part.items()}
 
-    own = in_pairs(map(short, parts), added, partial(_aside, reserved=reserved))
+    own = in_pairs(map(short, parts), added, partial(_aside, reserved=reserved), own_parts)
     if ranks.size == 1:
         return own
-    grams = summed_grams(ranks, [{name: Gram(found.weight_sum, found.gram) for name, found in own.items()}])
+    grams = summed_grams(ranks, [{name: Gram(found.weight_sum, found.gram) for name, found in own.items()}], 1)
     channels = [len(found.abs_sum) for found in own.values()]
     (counts,) = ranks.summed(torch.tensor([found.token_count for found in own.values()], dtype=torch.int64))
     (abs_sum,) = ranks.summed(torch.cat([found.abs_sum for found in own.values()]))
@@ -64,27 +64,31 @@ def summed_statistics(
     }
 
 
-def summed_grams(ranks: Ranks, parts: Iterable[Mapping[str, Gram]], reserved: float = 0.0) -> dict[str, Gram]:
+def summed_grams(
+    ranks: Ranks, parts: Iterable[Mapping[str, Gram]], own_parts: int, reserved: float = 0.0
+) -> dict[str, Gram]:
     """The same of grams alone."""
 
     def added(first: dict[str, Gram], second: dict[str, Gram]) -> dict[str, Gram]:
         return {name: added_gram_(found, second[name]) for name, found in first.items()}
 
-    own = in_pairs(map(dict, parts), added, partial(_aside, reserved=reserved))
+    own = in_pairs(map(dict, parts), added, partial(_aside, reserved=reserved), own_parts)
     weights = summed_numbers(ranks, [[found.weight_sum for found in own.values()]])
     grams = ranks.summed(*(found.gram for found in own.values()))
     return {name: Gram(*each) for name, each in zip(own, zip(weights, grams, strict=True), strict=True)}
 
 
-def summed_paired(ranks: Ranks, parts: Iterable[PairedStatistics], reserved: float = 0.0) -> PairedStatistics:
+def summed_paired(
+    ranks: Ranks, parts: Iterable[PairedStatistics], own_parts: int, reserved: float = 0.0
+) -> PairedStatistics:
     """The same of one input on both streams."""
 
     def waiting(paired: PairedStatistics) -> PairedStatistics:
         grams = _where_there_is_room([paired.quantized.gram, paired.cross_gram], reserved)
         return PairedStatistics(replace(paired.quantized, gram=grams[0]), grams[1])
 
-    own = in_pairs(parts, added_paired_, waiting)
-    quantized = summed_grams(ranks, [{"": own.quantized}])[""]
+    own = in_pairs(parts, added_paired_, waiting, own_parts)
+    quantized = summed_grams(ranks, [{"": own.quantized}], 1)[""]
     (cross_gram,) = ranks.summed(own.cross_gram)
     return replace(own, quantized=quantized, cross_gram=cross_gram)
 
