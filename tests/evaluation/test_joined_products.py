@@ -22,7 +22,7 @@ WIDTH = 32
 
 def _linear(out_features: int, bias: Tensor | None = None) -> PackedLinear:
     weight = torch.randn(out_features, WIDTH)
-    grid = span_grid(weight, bits=4, group_size=16, symmetric=False, stored_dtype=torch.bfloat16)
+    grid = span_grid(weight, bits=4, group_size=32, symmetric=False, stored_dtype=torch.bfloat16)
     return PackedLinear(round_nearest(weight, grid), bias, torch.bfloat16, kernel=CHUNKS)
 
 

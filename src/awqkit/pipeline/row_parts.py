@@ -73,8 +73,9 @@ def in_pairs(
     are, where `wait` is given.
     """
     stack: list[tuple[int, T]] = []
-    for number, value in enumerate(values, 1):
-        level = 0
+    number = 0
+    for value in values:  # not by enumerate, which holds on to it
+        number, level = number + 1, 0
         while stack and stack[-1][0] == level:
             value, level = added(stack.pop()[1], value), level + 1
         stack.append((level, value if wait is None or number == count else wait(value)))
