@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_contexts import CPU, block_context
@@ -11,7 +14,7 @@ from awqkit import Recipe
 from awqkit.errors import FormatError, UsageError
 from awqkit.formats.format import FORMATS
 from awqkit.model.skeleton import Skeleton
-from awqkit.pipeline.plan import choose_group_size, plan_run
+from awqkit.pipeline.plan import choose_group_size, discover_block, make_probe, plan_run
 
 
 def _shapes(*columns: int) -> dict[str, tuple[int, int]]:
@@ -26,6 +29,29 @@ def test_without_a_wish_the_largest_size_that_divides_every_input_is_taken(
     columns: tuple[int, ...], expected: int
 ) -> None:
     assert choose_group_size(None, _shapes(*columns)) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_looking_for_folds_holds_no_weight_of_the_block(family: str) -> None:
+    """Of a large model they are gigabytes, which Python's collector may leave where they are for the whole run."""
+    model = tiny_model(family)
+    skeleton, made = Skeleton(model.config, WeightsOf(model)), []
+    load = skeleton.load_block
+
+    def loaded(index: int, device: torch.device) -> torch.nn.Module:
+        block = load(index, device)
+        made.extend(weakref.ref(value) for value in block.parameters())
+        return block
+
+    skeleton.load_block = loaded  # type: ignore[method-assign]
+    gc.collect()
+    gc.disable()
+    try:
+        discover_block(skeleton, make_probe(skeleton, CPU), 0, CPU)
+        assert made
+        assert not any(each() is not None for each in made)
+    finally:
+        gc.enable()
 
 
 def test_a_size_that_was_asked_for_is_taken_or_refused_with_the_sizes_that_would_do() -> None:

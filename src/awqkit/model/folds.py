@@ -209,19 +209,21 @@ def _of_some_rows(ask: _Ask, producer: _Producer) -> tuple[dict[str, Tensor], Lo
             asked[row] = len(asked) < _MAX_ROWS_ASKED and ask([row]) is not None
         return asked[row]
 
-    def scalable(first: int, end: int) -> list[int]:
-        said = [alone(row) for row in (first, (first + end - 1) // 2, end - 1)]
-        if not any(said):
-            return []
-        if all(said) and ask(range(first, end)) is not None:
-            return list(range(first, end))
-        if end - first <= 1:
-            return []
-        middle = (first + end) // 2
-        return scalable(first, middle) + scalable(middle, end)
-
-    rows = scalable(0, producer.num_channels)
+    rows = _scalable(alone, ask, 0, producer.num_channels)
     return ask(rows) if rows else None
+
+
+def _scalable(alone: Callable[[int], bool], ask: _Ask, first: int, end: int) -> list[int]:
+    """Not inside: a function in its own closure would keep the block's weights until Python's next collection."""
+    said = [alone(row) for row in (first, (first + end - 1) // 2, end - 1)]
+    if not any(said):
+        return []
+    if all(said) and ask(range(first, end)) is not None:
+        return list(range(first, end))
+    if end - first <= 1:
+        return []
+    middle = (first + end) // 2
+    return _scalable(alone, ask, first, middle) + _scalable(alone, ask, middle, end)
 
 
 class _scaled_vectors:

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from awqkit.kernels.precision import full_precision
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.numerics.rounding_metric import RoundingMetric
 from awqkit.numerics.tiles import tries_at_once
@@ -41,7 +42,10 @@ def refit(
         residual += metric.pushed((steps[:, some] * change.unsqueeze(-1)).reshape(rows, -1), columns)
     group_zero = grid.group_zero
     if not grid.symmetric:
-        group_zero = _shifted_zeros(group_zero, group_scale, residual, metric, float(2**grid.bits - 1))
+        pull = residual.reshape(rows, groups, -1).sum(dim=-1)
+        group_zero = _shifted_zeros(
+            group_zero, group_scale, pull, metric.refinement_sums(groups), float(2**grid.bits - 1)
+        )
     return QuantizedWeight(quantized.codes, replace(grid, group_scale=group_scale, group_zero=group_zero))
 
 
@@ -75,22 +79,22 @@ def _curvature(steps: Tensor, moment: Tensor) -> Tensor:
     return torch.cat(products).transpose(0, 1).contiguous()
 
 
-def _shifted_zeros(
-    group_zero: Tensor, group_scale: Tensor, residual: Tensor, metric: RoundingMetric, top: float
-) -> Tensor:
-    """Zero points `[out, groups]` after each row's best single move, repeated until no row gains."""
-    rows, groups = group_zero.shape
-    weight_of_group = metric.refinement_sums(groups).clamp(min=torch.finfo(torch.float32).tiny)
-    for _ in range(groups):
-        pull = residual.reshape(rows, groups, -1).sum(dim=-1)
+def _shifted_zeros(group_zero: Tensor, group_scale: Tensor, pull: Tensor, sums: Tensor, top: float) -> Tensor:
+    """Zero points `[out, groups]` after each row's best single move, repeated until no row gains.
+
+    pull: 1 · R_g, `[out, groups]`; sums: 1 H_gk 1ᵀ, `[groups, groups]`. All weights of a group move alike, so nothing
+    of the size of the weight is looked at.
+    """
+    weight_of_group = sums.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
+    for _ in range(sums.shape[0]):
         shift = (pull / (group_scale * weight_of_group)).round_()
         shift = torch.minimum(torch.maximum(shift, -group_zero), top - group_zero)
         move = shift * group_scale
         gain, best = (move * (move * weight_of_group - 2.0 * pull)).min(dim=1)
         if not bool((gain < 0).any()):
             break
-        chosen = torch.nn.functional.one_hot(best, groups) * (gain < 0).unsqueeze(-1)
+        chosen = torch.nn.functional.one_hot(best, sums.shape[0]) * (gain < 0).unsqueeze(-1)
         group_zero = group_zero + shift * chosen
-        moved = (move * chosen).unsqueeze(-1).expand(-1, -1, residual.shape[1] // groups).reshape(rows, -1)
-        residual = residual - metric.pushed(moved)
+        with full_precision():
+            pull = pull - (move * chosen) @ sums
     return group_zero

@@ -80,12 +80,15 @@ class RoundingMetric:
         return found
 
     def refinement_sums(self, groups: int) -> Tensor:
-        """What each group's own part of that adds up to, `[groups]`."""
-        tiles = self.moment.reshape(groups, -1, groups, self.moment.shape[0] // groups).diagonal(dim1=0, dim2=2)
+        """What its part between each two groups of columns adds up to, `[groups, groups]`."""
+        size = len(self.damping) // groups
+        member = torch.eye(groups, device=self.moment.device).repeat_interleave(size, dim=0)
         if self.channel_scale is not None:
-            scale = self.channel_scale.reshape(groups, -1).t()  # [g, groups]
-            tiles = tiles / scale / scale.unsqueeze(1)
-        return tiles.sum(dim=(0, 1)).add_(self.damping.reshape(groups, -1).sum(dim=1), alpha=_REFINEMENT_SHARE)
+            member = member / self.channel_scale.unsqueeze(1)
+        with full_precision():
+            found = member.t() @ (self.moment @ member)
+        found.diagonal().add_(self.damping.reshape(groups, size).sum(dim=1), alpha=_REFINEMENT_SHARE)
+        return found
 
     def rounding_factor(self, block: slice) -> Tensor:
         """Rows of U of x / s, `[block, in]`, rows and columns in `order`."""
