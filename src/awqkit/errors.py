@@ -32,6 +32,13 @@ def gist(error: BaseException) -> str:
     return first[: 2 * _GIST_CHARS].rstrip(".: ") or type(error).__name__
 
 
+def first_error(error: BaseException) -> BaseException:
+    """The error that this one was raised on the way out of, and so on: torch ends a capture that failed by another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 class AwqkitError(Exception):
     """Base of all errors that are meant for the user; `str(error)` is one line."""
 

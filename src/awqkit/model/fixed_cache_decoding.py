@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from awqkit.errors import AwqkitError, ModelError, gist
+from awqkit.errors import AwqkitError, ModelError, first_error, gist
 from awqkit.model.device_waits import waiting_refused
 from awqkit.model.transformers_bridge import fixed_cache, quiet_transformers
 from awqkit.numerics.draw import draw_chances, drawn_tokens
@@ -43,8 +43,9 @@ def decode_tokens(
             error = decoding.error()
             return decoding.tokens if error <= _ROUNDING[decoding.dtype] else _APART.format(error)
     except Exception as failure:  # whatever a model's own code does when it is called in a way that it does not know
-        kind = "" if isinstance(failure, AwqkitError) else f"{type(failure).__name__}: "
-        short, reason = _is_of_memory(failure), kind + gist(failure)
+        first = first_error(failure)
+        kind = "" if isinstance(first, AwqkitError) else f"{type(first).__name__}: "
+        short, reason = isinstance(first, torch.OutOfMemoryError), kind + gist(first)
     if short:  # raised anew: the old one holds what was captured
         raise torch.OutOfMemoryError(reason)
     return reason
@@ -132,10 +133,3 @@ class Decoding:
 
 def _log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1).gather(-1, tokens)
-
-
-def _is_of_memory(error: BaseException | None) -> bool:
-    """Whether a device ran out of memory; where a capture ends by it, torch raises another error on the way out."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
-        error = error.__context__
-    return error is not None

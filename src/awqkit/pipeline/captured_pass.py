@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from awqkit.errors import gist
+from awqkit.errors import first_error, gist
 from awqkit.model.block_calls import BlockCall, Carried
 from awqkit.model.device_waits import waiting_refused
 from awqkit.pipeline.tunable_block import TunableBlock
@@ -39,7 +39,7 @@ class BlocksPass:
             self._captured = _CapturedPass(self._blocks, hidden, calls)
         except Exception as error:  # whatever a model's own code does to break it
             torch.cuda.empty_cache()
-            return gist(error)
+            return gist(first_error(error))
         return None
 
     def forward(self, hidden: Tensor, calls: Sequence[BlockCall]) -> Tensor:
@@ -73,9 +73,11 @@ class _CapturedPass:
                 self._felt = torch.zeros_like(output)
                 self._gradients(output)
             del output  # with the nodes of its graph, so that the capture has its own
-            with torch.cuda.graph(self._there, stream=stream):
+            with torch.cuda.graph(self._there, stream=stream, capture_error_mode="thread_local"):
                 output = _through(blocks, self._hidden, calls)
-            with torch.cuda.graph(self._back, pool=self._there.pool(), stream=stream):
+            with torch.cuda.graph(
+                self._back, pool=self._there.pool(), stream=stream, capture_error_mode="thread_local"
+            ):
                 self._found = self._gradients(output)
         usual.wait_stream(stream)
         self.output = output.detach()
