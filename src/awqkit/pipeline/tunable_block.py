@@ -83,11 +83,10 @@ def kept_bytes(block: TunableBlock, hidden: Tensor, call: BlockCall) -> int:
     """What a block keeps for its gradients when it runs on `hidden` without `recompute`."""
     kept: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> None:  # giving the tensor back would tie its graph into a knot that is never freed
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
         block(hidden, call)
     return sum(kept.values())
