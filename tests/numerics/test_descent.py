@@ -9,6 +9,7 @@ import torch
 from numerics.cases import Case, correlated, error_of
 from numerics.reference import descent_sweep, equal_up_to_ties, objective, per_column
 
+from awqkit.numerics import gptq
 from awqkit.numerics.descent import descend
 from awqkit.numerics.gptq import COLUMN_BLOCK, round_gptq
 from awqkit.numerics.grid import QuantizedWeight
@@ -80,6 +81,18 @@ def test_residuals_carried_over_several_blocks_of_columns_change_nothing() -> No
     found = descend(case.weight, start, metric)
     assert equal_up_to_ties(found.codes, expected, margin, metric.order, 1e-3)
     assert float((found.codes == expected).double().mean()) > 0.97
+
+
+def test_chunks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = correlated(4, 3 * COLUMN_BLOCK)
+    metric = _metric(case)
+    whole = [_start(case, metric, "gptq", 3, 24, False)]
+    whole.append(descend(case.weight, whole[0], metric))
+    monkeypatch.setattr(gptq, "_CHUNK_VALUES", COLUMN_BLOCK * 3 * COLUMN_BLOCK)
+    assert [chunk.stop for chunk in gptq.column_chunks(3 * COLUMN_BLOCK, 4)] == [128, 256, 384]
+    again = _start(case, metric, "gptq", 3, 24, False)
+    assert torch.equal(again.codes, whole[0].codes)
+    assert torch.equal(descend(case.weight, again, metric).codes, whole[1].codes)
 
 
 def test_where_no_single_move_helps_nothing_moves() -> None:
