@@ -173,15 +173,15 @@ def _tile_errors(
 
     scales: `[candidates, groups, group_size, 1]`. group_weights: of the tile's groups, or the whole H as one of one.
     """
-    scaled, error, spare = torch.empty_like(tile), torch.empty_like(tile), torch.empty_like(tile)
+    scaled, error = torch.empty_like(tile), torch.empty_like(tile)
     # the grids of all candidates first: scaling twice is cheaper than a dozen operators on a few numbers for each
     ranges = [tile_range(torch.mul(tile, scale, out=scaled)) for scale in scales]
     grids = span(*(torch.stack(ends) for ends in zip(*ranges, strict=True)))
     found = tile.new_empty(len(scales), len(group_weights), tile.shape[2])
     judged = (len(group_weights), -1, tile.shape[2])
-    for number, scale in enumerate(scales):
-        tile_error_(torch.mul(tile, scale, out=scaled), grids, number, error).div_(scale)
-        tile_row_errors_(error.view(judged), group_weights, spare.view(judged), found[number])
+    for number, (scale, inverse) in enumerate(zip(scales, scales.reciprocal(), strict=True)):
+        tile_error_(torch.mul(tile, scale, out=scaled), grids, number, error).mul_(inverse)
+        tile_row_errors_(error.view(judged), group_weights, scaled.view(judged), found[number])
     return found
 
 
