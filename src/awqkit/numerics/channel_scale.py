@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from awqkit.kernels.group_search import scale_errors, takes
-from awqkit.numerics.grid_tries import GridTries, spanned, tile_error_, tile_of, tile_range, tile_row_errors_
+from awqkit.numerics.grid_tries import TileGrid, spanned, tile_error_, tile_of, tile_range, tile_row_errors_
 from awqkit.numerics.tiles import group_tiles, row_tiles
 
 ALPHAS = tuple(step / 20 for step in range(21))
@@ -167,21 +167,23 @@ def rounding_errors(
 
 
 def _tile_errors(
-    tile: Tensor, scales: Tensor, span: Callable[[Tensor, Tensor], GridTries], group_weights: Tensor
+    tile: Tensor, scales: Tensor, span: Callable[[Tensor, Tensor], list[TileGrid]], group_weights: Tensor
 ) -> Tensor:
     """The error of every row of a tile `[groups, group_size, rows]` under every s, `[candidates, groups, rows]`.
 
     scales: `[candidates, groups, group_size, 1]`. group_weights: of the tile's groups, or the whole H as one of one.
     """
     scaled, error = torch.empty_like(tile), torch.empty_like(tile)
+    each_scale = scales.unbind()
     # the grids of all candidates first: scaling twice is cheaper than a dozen operators on a few numbers for each
-    ranges = [tile_range(torch.mul(tile, scale, out=scaled)) for scale in scales]
+    ranges = [tile_range(torch.mul(tile, scale, out=scaled)) for scale in each_scale]
     grids = span(*(torch.stack(ends) for ends in zip(*ranges, strict=True)))
     found = tile.new_empty(len(scales), len(group_weights), tile.shape[2])
     judged = (len(group_weights), -1, tile.shape[2])
-    for number, (scale, inverse) in enumerate(zip(scales, scales.reciprocal(), strict=True)):
-        tile_error_(torch.mul(tile, scale, out=scaled), grids, number, error).mul_(inverse)
-        tile_row_errors_(error.view(judged), group_weights, scaled.view(judged), found[number])
+    seen, spare = error.view(judged), scaled.view(judged)
+    for scale, inverse, grid, errors in zip(each_scale, scales.reciprocal(), grids, found, strict=True):
+        tile_error_(torch.mul(tile, scale, out=scaled), grid, error).mul_(inverse)
+        tile_row_errors_(seen, group_weights, spare, errors)
     return found
 
 

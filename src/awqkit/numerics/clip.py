@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from awqkit.kernels.group_search import clip_ratios, takes
-from awqkit.numerics.grid_tries import GridTries, spanned, tile_error_, tile_range, tile_row_errors_
+from awqkit.numerics.grid_tries import TileGrid, spanned, tile_error_, tile_range, tile_row_errors_
 from awqkit.numerics.tiles import group_tiles
 
 NUM_STEPS = 20
@@ -61,7 +61,7 @@ def search_clip(
 class _EndSearch:
     """One tile `[groups, group_size, rows]` with the best ratios found so far, `[groups, rows]`."""
 
-    def __init__(self, tile: Tensor, group_weights: Tensor, span: Callable[[Tensor, Tensor], GridTries]) -> None:
+    def __init__(self, tile: Tensor, group_weights: Tensor, span: Callable[[Tensor, Tensor], list[TileGrid]]) -> None:
         self._tile, self._group_weights, self._span = tile, group_weights, span
         self._error, self._spare = torch.empty_like(tile), torch.empty_like(tile)
         self._low, self._high = tile_range(tile)
@@ -84,8 +84,7 @@ class _EndSearch:
 
     def _errors(self, low: Tensor, high: Tensor) -> Tensor:
         """The error under some ranges `[tries, groups, rows]`, same shape."""
-        grids, found = self._span(low, high), torch.empty_like(low)
-        for number in range(len(low)):
-            error = tile_error_(self._tile, grids, number, self._error)
-            tile_row_errors_(error, self._group_weights, self._spare, found[number])
+        found = torch.empty_like(low)
+        for grid, errors in zip(self._span(low, high), found, strict=True):
+            tile_row_errors_(tile_error_(self._tile, grid, self._error), self._group_weights, self._spare, errors)
         return found

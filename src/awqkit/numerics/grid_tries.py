@@ -15,8 +15,8 @@ from awqkit.numerics.grid import choose_scale_and_zero
 
 
 @dataclass(frozen=True, slots=True)
-class GridTries:
-    """Grids to try on a tile, each `[tries, groups, 1, rows]` float32.
+class TileGrid:
+    """A grid to try on a tile, all `[groups, 1, rows]` float32.
 
     lowest, highest: the steps Δ that the codes 0 and 2^bits − 1 are away from 0.
     """
@@ -37,21 +37,21 @@ def tile_range(tile: Tensor) -> tuple[Tensor, Tensor]:
     return tile.amin(dim=1).clamp_(max=0.0), tile.amax(dim=1).clamp_(min=0.0)
 
 
-def spanned(low: Tensor, high: Tensor, *, bits: int, symmetric: bool, stored_dtype: torch.dtype) -> GridTries:
-    """The grids that span `[tries, groups, rows]` of ranges."""
+def spanned(low: Tensor, high: Tensor, *, bits: int, symmetric: bool, stored_dtype: torch.dtype) -> list[TileGrid]:
+    """The grids that span the ranges `[tries, groups, rows]`, made together: each is a dozen operators."""
     group_scale, group_zero = choose_scale_and_zero(
         low, high, bits=bits, symmetric=symmetric, stored_dtype=stored_dtype
     )
     lowest = group_zero.neg_().unsqueeze(2)
-    return GridTries(group_scale.unsqueeze(2), lowest, lowest + float(2**bits - 1))
+    fields = (group_scale.unsqueeze(2), lowest, lowest + float(2**bits - 1))
+    return [TileGrid(*each) for each in zip(*(field.unbind() for field in fields), strict=True)]
 
 
-def tile_error_(tile: Tensor, tries: GridTries, number: int, out: Tensor) -> Tensor:
-    """W − Ŵ for the nearest value of one of the grids, in `out`, which is not the tile."""
-    group_scale = tries.group_scale[number]
-    torch.div(tile, group_scale, out=out).round_()
-    torch.clamp(out, tries.lowest[number], tries.highest[number], out=out)
-    return torch.addcmul(tile, out, group_scale, value=-1.0, out=out)
+def tile_error_(tile: Tensor, grid: TileGrid, out: Tensor) -> Tensor:
+    """W − Ŵ for the nearest value of the grid, in `out`, which is not the tile."""
+    torch.div(tile, grid.group_scale, out=out).round_()
+    torch.clamp(out, grid.lowest, grid.highest, out=out)
+    return torch.addcmul(tile, out, grid.group_scale, value=-1.0, out=out)
 
 
 def tile_row_errors_(error: Tensor, group_weights: Tensor, spare: Tensor, out: Tensor) -> Tensor:

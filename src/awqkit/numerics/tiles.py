@@ -10,9 +10,7 @@ _TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 27}  # three such of float32 fit 
 _TILE_ROWS = 1024  # on a CPU; a constant, so that sums over rows are in one order whatever the number of threads
 
 
-def group_tiles(
-    num_groups: int, group_size: int, num_rows: int, device: torch.device
-) -> Iterator[tuple[slice, slice]]:
+def group_tiles(num_groups: int, group_size: int, num_rows: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Slices over groups and rows of a weight that together cover all of it."""
     if device.type == "cuda":
         rows, budget = num_rows, _TILE_ELEMENTS["cuda"]
