@@ -144,7 +144,7 @@ def rounding_errors(
     """The error of nearest rounding under every candidate, `[candidates, groups]`, or `[candidates, 1]` on the full H.
 
     weight: float32 `[out, in]`, all consumers of the input stacked; row_weight: `[out]` ≥ 0. group_weights: as
-    `output_error.group_row_errors` takes them, for the unscaled input. full_moment: H `[in, in]` to judge by instead.
+    `grid_tries.tile_row_errors_` takes them, for the unscaled input. full_moment: H `[in, in]` to judge by instead.
     """
     if full_moment is None and takes(weight, group_size, stored_dtype):
         return scale_errors(

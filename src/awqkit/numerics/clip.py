@@ -35,7 +35,7 @@ def search_clip(
     """The shares of the low and the high end that are kept, per group and row, both `[groups, out]` in [0.5, 1].
 
     grouped: float32 `[groups, out, group_size]` weights as they will be rounded (s applied).
-    group_weights: as `output_error.group_row_errors` takes them, for the same (scaled) input.
+    group_weights: as `grid_tries.tile_row_errors_` takes them, for the same (scaled) input.
     separate_ends: search one shared ratio, then the high end alone, then the low end alone; ignored when symmetric.
     A ratio is only taken where it lowers the group's own error, so no group gets worse by its own weights.
     """

@@ -55,7 +55,11 @@ def tile_error_(tile: Tensor, grid: TileGrid, out: Tensor) -> Tensor:
 
 
 def tile_row_errors_(error: Tensor, group_weights: Tensor, spare: Tensor, out: Tensor) -> Tensor:
-    """As `output_error.group_row_errors`, `[groups, rows]` in `out`; `error` and `spare`, of its shape, are used up."""
+    """e_g H_gg e_gᵀ for every group and row, `[groups, rows]` in `out`.
+
+    group_weights: `[groups, group_size, group_size]`, H's blocks, or `[groups, group_size]`, a weight for each column's
+    square (the conditional variance, say). `error`, a tile, and `spare`, of its shape, are used up.
+    """
     if group_weights.dim() == 2:
         return torch.bmm(group_weights.unsqueeze(1), error.square_(), out=out.unsqueeze(1))
     return torch.sum(torch.bmm(group_weights, error, out=spare).mul_(error), dim=1, out=out)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 _TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 27}  # three such of float32 fit a core's L2; a GPU wants large launches
+_PRODUCT_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 _TILE_ROWS = 1024  # on a CPU; a constant, so that sums over rows are in one order whatever the number of threads
 
 
@@ -31,4 +32,4 @@ def row_tiles(num_channels: int, num_rows: int, device: torch.device) -> Iterato
 
 def products_at_once(weight: torch.Tensor) -> int:
     """How many variants of a whole weight are made in one product: on a CPU one where the weight fills its cache."""
-    return max(1, 2 * _TILE_ELEMENTS["cuda" if weight.device.type == "cuda" else "cpu"] // weight.numel())
+    return max(1, _PRODUCT_ELEMENTS["cuda" if weight.device.type == "cuda" else "cpu"] // weight.numel())
