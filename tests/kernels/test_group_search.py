@@ -17,7 +17,6 @@ import torch
 from awqkit.numerics.channel_scale import Candidate, rounding_errors
 from awqkit.numerics.clip import RATIOS, search_clip
 from awqkit.numerics.grid import split_groups
-from awqkit.numerics.output_error import group_row_errors
 
 CASES = [(16, "moment", "", 3), (32, "variance", "symmetric", 4), (64, "moment", "half", 4), (32, "moment", "zeros", 4)]
 
@@ -78,13 +77,16 @@ def compare(group_size: int, judge: str, kind: str, bits: int, device: str) -> N
 
 
 def _errors(grouped, weights, ratio_low, ratio_high, *, bits, symmetric, stored_dtype):  # type: ignore[no-untyped-def]
-    from awqkit.numerics.grid import choose_scale_and_zero, group_range, rounding_error
+    from awqkit.numerics.grid import choose_scale_and_zero, group_range
 
     low, high = group_range(grouped)
-    grid = choose_scale_and_zero(
+    scale, zero = choose_scale_and_zero(
         low * ratio_low, high * ratio_high, bits=bits, symmetric=symmetric, stored_dtype=stored_dtype
     )
-    return group_row_errors(rounding_error(grouped, *grid, bits), weights)
+    scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    error = grouped - (((grouped / scale).round() + zero).clamp(0, 2**bits - 1) - zero) * scale
+    blocks = torch.diag_embed(weights) if weights.dim() == 2 else weights
+    return torch.einsum("gri,gij,grj->gr", error, blocks, error)
 
 
 @needs_triton

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from awqkit.numerics.clip import search_clip
-from awqkit.numerics.grid import choose_scale_and_zero, group_range, rounding_error
+from awqkit.numerics.grid import choose_scale_and_zero, group_range
 
 RATIOS = [1.0 - 0.5 * step / 20 for step in range(21)]
 GROUPS, ROWS, GROUP = 3, 11, 16
@@ -29,7 +29,9 @@ def _error(
     scale, zero = choose_scale_and_zero(
         low * low_ratio, high * high_ratio, bits=bits, symmetric=symmetric, stored_dtype=torch.bfloat16
     )
-    error = rounding_error(grouped, scale, zero, bits).double()
+    scale, zero = scale.double().unsqueeze(-1), zero.double().unsqueeze(-1)
+    codes = ((grouped.double() / scale).round() + zero).clamp(0, 2**bits - 1)
+    error = grouped.double() - (codes - zero) * scale
     return torch.einsum("gri,gij,grj->gr", error, blocks.double(), error)
 
 

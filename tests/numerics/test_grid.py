@@ -13,7 +13,6 @@ from awqkit.numerics.grid import (
     group_range,
     merge_groups,
     nearest_codes,
-    rounding_error,
     split_groups,
 )
 from awqkit.numerics.rounding import round_nearest, span_grid
@@ -128,19 +127,6 @@ def test_a_step_that_overflows_in_float16_is_the_largest_one() -> None:
     found = round_nearest(weight, _grid(weight, dtype=torch.float16))
     assert float(found.grid.group_scale) == torch.finfo(torch.float16).max
     assert bool(torch.isfinite(dequantize(found.codes, found.grid)).all())
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_the_searches_see_the_error_of_the_codes(bits: int, symmetric: bool) -> None:
-    weight = _weight()
-    grid = _grid(weight, bits, symmetric)
-    grouped = split_groups(weight, GROUP)
-    saved = grouped.clone()
-    error = rounding_error(grouped, grid.group_scale.t(), grid.group_zero.t(), bits)
-    expected = weight - dequantize(nearest_codes(weight, grid), grid)
-    torch.testing.assert_close(merge_groups(error), expected, rtol=0, atol=1e-6)
-    assert torch.equal(grouped, saved)
 
 
 def test_groups_split_and_merge() -> None:

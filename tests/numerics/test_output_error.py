@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from awqkit.numerics.grid import split_groups
 from awqkit.numerics.output_error import (
     diagonal_blocks,
-    group_row_errors,
     moment_diagonal,
     moment_divided,
     pushed,
@@ -44,16 +42,6 @@ def test_row_weights_weigh_rows() -> None:
     assert weighted_error(error, moment, torch.tensor([0.0, 0, 0, 0, 0])) == 0.0
 
 
-def test_group_errors_see_one_group_of_the_input_each() -> None:
-    x, error, moment = _case()
-    found = group_row_errors(split_groups(error, GROUP), diagonal_blocks(moment, GROUP))
-    assert found.shape == (3, 5)
-    for group in range(3):
-        part = slice(group * GROUP, (group + 1) * GROUP)
-        expected = (x[:, part].double() @ error[:, part].double().t()).square().mean(dim=0)
-        torch.testing.assert_close(found[group].double(), expected, rtol=1e-4, atol=0)
-
-
 def test_diagonal_blocks_are_cut_from_the_diagonal() -> None:
     moment = torch.arange(36.0).reshape(6, 6)
     blocks = diagonal_blocks(moment, 2)
@@ -80,10 +68,12 @@ def test_blocks_alone_are_a_moment_without_correlations_between_groups() -> None
 
 def test_statistics_in_blocks_are_those_of_the_whole_gram() -> None:
     x = _case()[0]
-    weight = torch.rand(50)
+    weight = torch.rand(50, generator=torch.Generator().manual_seed(0))
     whole = finished(accumulate_(empty_statistics(24), x, token_weight=weight))
     blocks = finished(accumulate_(empty_statistics(24, group_size=GROUP), x, token_weight=weight))
     assert blocks.gram.shape == (3, GROUP, GROUP)
-    torch.testing.assert_close(blocks.gram, in_blocks(whole, GROUP).gram)
-    torch.testing.assert_close(second_moment(blocks), diagonal_blocks(second_moment(whole), GROUP))
+    torch.testing.assert_close(blocks.gram, in_blocks(whole, GROUP).gram, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        second_moment(blocks), diagonal_blocks(second_moment(whole), GROUP), rtol=1e-5, atol=1e-5
+    )
     assert in_blocks(whole, 7) is whole

@@ -15,16 +15,16 @@ A search unit is the smallest set of whole groups that is closed under sharing a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from awqkit.kernels.group_search import scale_errors, takes
-from awqkit.numerics.grid import choose_scale_and_zero, group_range, merge_groups, rounding_error, split_groups
-from awqkit.numerics.output_error import group_row_errors, row_errors
-from awqkit.numerics.tiles import row_tiles, tries_at_once
+from awqkit.numerics.grid_tries import TileGrid, spanned, tile_error_, tile_of, tile_range, tile_row_errors_
+from awqkit.numerics.tiles import group_tiles, row_tiles
 
 ALPHAS = tuple(step / 20 for step in range(21))
 _SMALLEST_SHARE = 1e-9  # of the largest importance: keeps a dead channel's s finite
@@ -144,32 +144,47 @@ def rounding_errors(
     """The error of nearest rounding under every candidate, `[candidates, groups]`, or `[candidates, 1]` on the full H.
 
     weight: float32 `[out, in]`, all consumers of the input stacked; row_weight: `[out]` ≥ 0. group_weights: as
-    `output_error.group_row_errors` takes them, for the unscaled input. full_moment: H `[in, in]` to judge by instead.
+    `grid_tries.tile_row_errors_` takes them, for the unscaled input. full_moment: H `[in, in]` to judge by instead.
     """
     if full_moment is None and takes(weight, group_size, stored_dtype):
         return scale_errors(
             weight, group_weights, row_weight, torch.stack([candidate.channel_scale for candidate in tried]),
             bits=bits, group_size=group_size, symmetric=symmetric, stored_dtype=stored_dtype,
         )  # fmt: skip
-    grouped = split_groups(weight, group_size)
-    groups = grouped.shape[0]
-    scales = torch.stack([candidate.channel_scale for candidate in tried]).reshape(-1, groups, 1, group_size)
+    scales = torch.stack([candidate.channel_scale for candidate in tried]).reshape(len(tried), -1, group_size, 1)
+    span = partial(spanned, bits=bits, symmetric=symmetric, stored_dtype=stored_dtype)
+    (num_rows, num_channels), groups = weight.shape, scales.shape[1]
     errors = torch.zeros(len(tried), groups if full_moment is None else 1, device=weight.device)
-    for tile in row_tiles(grouped.shape, grouped.device):
-        weights = grouped[:, tile].contiguous()
-        step = tries_at_once(weights)
-        for start in range(0, len(tried), step):
-            some = slice(start, start + step)
-            scaled = weights * scales[some]
-            low, high = group_range(scaled)
-            grid = choose_scale_and_zero(low, high, bits=bits, symmetric=symmetric, stored_dtype=stored_dtype)
-            error = rounding_error(scaled, *grid, bits).div_(scales[some])
-            if full_moment is None:
-                errors[some] += group_row_errors(error, group_weights) @ row_weight[tile]
-            else:
-                for index, each in enumerate(error, start):
-                    errors[index, 0] += (row_errors(merge_groups(each), full_moment) * row_weight[tile]).sum()
+    if full_moment is None:
+        for part, rows in group_tiles(groups, group_size, num_rows, weight.device):
+            tile = tile_of(weight, group_size, part, rows)
+            errors[:, part] += _tile_errors(tile, scales[:, part], span, group_weights[part]) @ row_weight[rows]
+    else:
+        for rows in row_tiles(num_channels, num_rows, weight.device):
+            tile = tile_of(weight, group_size, slice(0, groups), rows)
+            errors += _tile_errors(tile, scales, span, full_moment.unsqueeze(0)) @ row_weight[rows]
     return errors
+
+
+def _tile_errors(
+    tile: Tensor, scales: Tensor, span: Callable[[Tensor, Tensor], list[TileGrid]], group_weights: Tensor
+) -> Tensor:
+    """The error of every row of a tile `[groups, group_size, rows]` under every s, `[candidates, groups, rows]`.
+
+    scales: `[candidates, groups, group_size, 1]`. group_weights: of the tile's groups, or the whole H as one of one.
+    """
+    scaled, error = torch.empty_like(tile), torch.empty_like(tile)
+    each_scale = scales.unbind()
+    # the grids of all candidates first: scaling twice is cheaper than a dozen operators on a few numbers for each
+    ranges = [tile_range(torch.mul(tile, scale, out=scaled)) for scale in each_scale]
+    grids = span(*(torch.stack(ends) for ends in zip(*ranges, strict=True)))
+    found = tile.new_empty(len(scales), len(group_weights), tile.shape[2])
+    judged = (len(group_weights), -1, tile.shape[2])
+    seen, spare = error.view(judged), scaled.view(judged)
+    for scale, inverse, grid, errors in zip(each_scale, scales.reciprocal(), grids, found, strict=True):
+        tile_error_(torch.mul(tile, scale, out=scaled), grid, error).mul_(inverse)
+        tile_row_errors_(seen, group_weights, spare, errors)
+    return found
 
 
 def best_per_unit(errors: Tensor, unit_of_group: Tensor) -> Tensor:

@@ -8,13 +8,15 @@ column's squared error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from awqkit.kernels.group_search import clip_ratios, takes
-from awqkit.numerics.grid import choose_scale_and_zero, group_range, rounding_error
-from awqkit.numerics.output_error import group_row_errors
-from awqkit.numerics.tiles import row_tiles, tries_at_once
+from awqkit.numerics.grid_tries import TileGrid, spanned, tile_error_, tile_range, tile_row_errors_
+from awqkit.numerics.tiles import group_tiles
 
 NUM_STEPS = 20
 MIN_RATIO = 0.5
@@ -33,7 +35,7 @@ def search_clip(
     """The shares of the low and the high end that are kept, per group and row, both `[groups, out]` in [0.5, 1].
 
     grouped: float32 `[groups, out, group_size]` weights as they will be rounded (s applied).
-    group_weights: as `output_error.group_row_errors` takes them, for the same (scaled) input.
+    group_weights: as `grid_tries.tile_row_errors_` takes them, for the same (scaled) input.
     separate_ends: search one shared ratio, then the high end alone, then the low end alone; ignored when symmetric.
     A ratio is only taken where it lowers the group's own error, so no group gets worse by its own weights.
     """
@@ -42,54 +44,47 @@ def search_clip(
             grouped, group_weights, RATIOS,
             bits=bits, symmetric=symmetric, stored_dtype=stored_dtype, separate_ends=separate_ends,
         )  # fmt: skip
-    ratios_low = torch.ones(grouped.shape[:2], device=grouped.device)
+    groups, rows, group_size = grouped.shape
+    ratios_low = torch.ones(groups, rows, device=grouped.device)
     ratios_high = torch.ones_like(ratios_low)
-    for tile in row_tiles(grouped.shape, grouped.device):
-        weights = grouped[:, tile].contiguous()
-        search = _EndSearch(weights, group_weights, bits, symmetric, stored_dtype)
+    span = partial(spanned, bits=bits, symmetric=symmetric, stored_dtype=stored_dtype)
+    for tile in group_tiles(groups, group_size, rows, grouped.device):
+        search = _EndSearch(grouped[tile].transpose(1, 2).contiguous(), group_weights[tile[0]], span)
         search.sweep(move_low=True, move_high=True)
         if separate_ends and not symmetric:
             search.sweep(move_low=False, move_high=True)
             search.sweep(move_low=True, move_high=False)
-        ratios_low[:, tile], ratios_high[:, tile] = search.ratio_low, search.ratio_high
+        ratios_low[tile], ratios_high[tile] = search.ratio_low, search.ratio_high
     return ratios_low, ratios_high
 
 
 class _EndSearch:
-    """One tile of rows with the best ratios found so far."""
+    """One tile `[groups, group_size, rows]` with the best ratios found so far, `[groups, rows]`."""
 
-    def __init__(
-        self, weights: Tensor, group_weights: Tensor, bits: int, symmetric: bool, stored_dtype: torch.dtype
-    ) -> None:
-        self.weights, self.group_weights = weights, group_weights
-        self.bits, self.symmetric, self.stored_dtype = bits, symmetric, stored_dtype
-        self.low, self.high = group_range(weights)
-        self.ratio_low, self.ratio_high = torch.ones_like(self.low), torch.ones_like(self.high)
-        self.best = self._error(self.ratio_low.unsqueeze(0), self.ratio_high.unsqueeze(0))[0]
+    def __init__(self, tile: Tensor, group_weights: Tensor, span: Callable[[Tensor, Tensor], list[TileGrid]]) -> None:
+        self._tile, self._group_weights, self._span = tile, group_weights, span
+        self._error, self._spare = torch.empty_like(tile), torch.empty_like(tile)
+        self._low, self._high = tile_range(tile)
+        self.ratio_low, self.ratio_high = torch.ones_like(self._low), torch.ones_like(self._high)
+        self._best = self._errors(self._low.unsqueeze(0), self._high.unsqueeze(0))[0]
 
     def sweep(self, *, move_low: bool, move_high: bool) -> None:
         """Try 20 ratios below 1 for the chosen ends, the other end held; keep what is better."""
-        start_low, start_high = self.ratio_low, self.ratio_high
-        at_once = tries_at_once(self.weights)
-        for start in range(0, NUM_STEPS, at_once):
-            some = torch.tensor(RATIOS[start : start + at_once], device=start_low.device).reshape(-1, 1, 1)
-            some = some.expand(-1, *start_low.shape)
-            ratio_low = some if move_low else start_low.expand_as(some)
-            ratio_high = some if move_high else start_high.expand_as(some)
-            error, index = self._error(ratio_low, ratio_high).min(dim=0)
-            better = error < self.best
-            self.best = torch.where(better, error, self.best)
-            pick = index.unsqueeze(0)
-            self.ratio_low = torch.where(better, ratio_low.gather(0, pick)[0], self.ratio_low)
-            self.ratio_high = torch.where(better, ratio_high.gather(0, pick)[0], self.ratio_high)
+        ratios = torch.tensor(RATIOS, device=self._low.device).reshape(-1, 1, 1)
+        low = self._low * (ratios if move_low else self.ratio_low.expand(NUM_STEPS, -1, -1))
+        high = self._high * (ratios if move_high else self.ratio_high.expand(NUM_STEPS, -1, -1))
+        error, index = self._errors(low, high).min(dim=0)
+        better = error < self._best
+        self._best = torch.where(better, error, self._best)
+        picked = ratios.flatten()[index]
+        if move_low:
+            self.ratio_low = torch.where(better, picked, self.ratio_low)
+        if move_high:
+            self.ratio_high = torch.where(better, picked, self.ratio_high)
 
-    def _error(self, ratio_low: Tensor, ratio_high: Tensor) -> Tensor:
-        """The error under some pairs of ratios `[tries, groups, out]`, same shape."""
-        group_scale, group_zero = choose_scale_and_zero(
-            self.low * ratio_low,
-            self.high * ratio_high,
-            bits=self.bits,
-            symmetric=self.symmetric,
-            stored_dtype=self.stored_dtype,
-        )
-        return group_row_errors(rounding_error(self.weights, group_scale, group_zero, self.bits), self.group_weights)
+    def _errors(self, low: Tensor, high: Tensor) -> Tensor:
+        """The error under some ranges `[tries, groups, rows]`, same shape."""
+        found = torch.empty_like(low)
+        for grid, errors in zip(self._span(low, high), found, strict=True):
+            tile_row_errors_(tile_error_(self._tile, grid, self._error), self._group_weights, self._spare, errors)
+        return found

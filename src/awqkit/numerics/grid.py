@@ -84,20 +84,6 @@ def choose_scale_and_zero(
     return group_scale, (-low / group_scale).round_().clamp_(0.0, top)
 
 
-def rounding_error(weight: Tensor, group_scale: Tensor, group_zero: Tensor, bits: int) -> Tensor:
-    """W − Ŵ for the nearest value Ŵ = (q − z) · Δ of every weight.
-
-    weight: `[..., group_size]` float32, group_scale and group_zero: `[...]`, or with more dimensions in front. The
-    searches call this a hundred times on tiles that should stay in cache, so it makes as few passes as it can.
-    """
-    group_scale, group_zero = group_scale.unsqueeze(-1), group_zero.unsqueeze(-1)
-    steps = torch.div(weight, group_scale).round_()
-    # maximum and minimum instead of clamp with tensor bounds, which is ten times slower on a CPU
-    torch.maximum(steps, -group_zero, out=steps)
-    torch.minimum(steps, float(2**bits - 1) - group_zero, out=steps)
-    return torch.addcmul(weight, steps, group_scale, value=-1.0, out=steps)
-
-
 def nearest_codes(weight: Tensor, grid: Grid) -> Tensor:
     """Codes `[out, in]` uint8 of the grid values nearest to `weight` `[out, in]` float32 (round half to even)."""
     rows, columns = weight.shape

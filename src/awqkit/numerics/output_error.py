@@ -56,17 +56,6 @@ def row_errors(error: Tensor, moment: Tensor) -> Tensor:
     return (pushed(error, moment) * error).sum(dim=-1).clamp_(min=0.0)
 
 
-def group_row_errors(grouped_error: Tensor, group_weights: Tensor) -> Tensor:
-    """e_g H_gg e_gᵀ for every group and row, `[..., groups, out]`.
-
-    grouped_error: `[..., groups, out, group_size]`. group_weights: `[groups, group_size, group_size]`, H's blocks, or
-    `[groups, group_size]`, a weight for each column's square (the conditional variance, say).
-    """
-    if group_weights.dim() == 2:
-        return torch.matmul(grouped_error.square(), group_weights.unsqueeze(-1)).squeeze(-1)
-    return torch.matmul(grouped_error, group_weights).mul_(grouped_error).sum(dim=-1)
-
-
 def summed_error(error: Tensor, moment: Tensor, row_weight: Tensor | None = None) -> Tensor:
     """Σ_i r_i (E H Eᵀ)_ii, or tr(G E H Eᵀ), a tensor of one number: several are read at once.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from awqkit.kernels.precision import full_precision
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.numerics.rounding_metric import RoundingMetric
-from awqkit.numerics.tiles import tries_at_once
+from awqkit.numerics.tiles import products_at_once
 
 GROUPS_AT_ONCE = 32  # M has this many squared entries a row
 _RIDGE = 1e-5  # of M's diagonal: groups whose steps are nearly parallel under H
@@ -70,7 +70,7 @@ def _scale_changes(
 
 def _curvature(steps: Tensor, moment: Tensor) -> Tensor:
     """M of every row, `[out, groups, groups]`: the products of the groups' steps under H."""
-    groups, at_once = steps.shape[1], tries_at_once(steps)
+    groups, at_once = steps.shape[1], products_at_once(steps)
     left, right = steps.transpose(0, 1), moment.reshape(groups, -1, moment.shape[1])
     products = [
         (left[some] @ right[some]).reshape(-1, *steps.shape).mul_(steps).sum(dim=-1)
