@@ -39,6 +39,7 @@ from awqkit.api.device import choose_device
 from awqkit.api.estimate import estimate
 from awqkit.api.given_model import open_given
 from awqkit.checkpoint.reports import TIMINGS_FILE
+from awqkit.cli.allocator import grow_segments
 from awqkit.events import BlockFinished, Event, TaskAdvanced
 from awqkit.kernels.precision import tensor_cores
 from awqkit.model.block_calls import hand_on
@@ -254,6 +255,7 @@ def _in_a_process(words: Sequence[object]) -> dict[str, Any]:
 
 def main() -> None:
     """Every combination in a process of its own; the JSON is written after each."""
+    grow_segments()  # as the command does; children inherit it
     args = _arguments()
     device = choose_device(args.device)
     if args.child:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -82,6 +84,25 @@ def test_a_run_that_is_let_go_leaves_no_thread_and_cleans_up() -> None:
     assert threading.active_count() == before + 1
     run.close()
     assert left == [True] and threading.active_count() == before
+
+
+def test_a_run_that_is_let_go_holds_nothing_of_what_it_computed() -> None:
+    computed: list[weakref.ref[torch.Tensor]] = []
+
+    def inner(stop: Stop) -> None:
+        large = 2 * torch.ones(3)
+        computed.append(weakref.ref(large))
+        stop(large.sum())
+
+    gc.collect()
+    gc.disable()  # what only a collection would free stays on the device meanwhile
+    try:
+        run = StoppingRun(lambda stop: inner(stop))
+        run.resume()
+        run.close()
+        assert computed[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_body_that_computes_while_it_cleans_up_is_let_go_as_well() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from awqkit.cli import compare, convert, demo, evaluate, folds, inspect, quantize
+from awqkit.cli.allocator import grow_segments
 from awqkit.cli.arguments import Parser, closest
 from awqkit.cli.console import Console
 from awqkit.cli.failure import CommandLineError, report_failure
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     prog = f"awqkit {words[0]}" if words and words[0] in VERBS else "awqkit"
+    grow_segments()
     with unwind_on_signals():
         try:
             _dispatch(words)

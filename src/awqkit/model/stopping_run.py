@@ -92,7 +92,8 @@ class StoppingRun:
         try:
             with torch.no_grad(), _Deferring(self._ask):
                 result = Finished(body(self._stop))
-        except _GivenUp:
+        except _GivenUp as given_up:
+            given_up.__traceback__ = None  # its frames hold it, and with it all that the body had computed
             return
         except BaseException as error:
             result = _Raised(error)
