@@ -16,7 +16,7 @@ from awqkit import Recipe
 from awqkit.api.load import load
 from awqkit.events import Caution
 from awqkit.methods.tuning import TunableLinear
-from awqkit.model.block_calls import run_block
+from awqkit.model.block_calls import BlockCall, Handed, run_block
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.divergence import token_kl
 from awqkit.numerics.grid import dequantize
@@ -98,6 +98,22 @@ def test_what_a_block_keeps_for_its_gradients_is_counted_once(tuning: str) -> No
     per_row = (found[1] - found[0]) / 2
     assert weights <= found[1] - 4 * per_row < 1.5 * weights
     assert per_row > 4 * ids.shape[1] * (WIDTH + MLP_WIDTH)
+
+
+def test_counting_it_leaves_no_graph_behind() -> None:
+    """What is left would hold activations, and tie later captures to the stream it was made on."""
+    ids, node_of = token_ids(2, 12), lambda leaf: torch.autograd.graph.get_gradient_edge(leaf).node
+    context, result, _ = next(iter(quantized_blocks(tiny_model("llama"), RECIPE, ids)))
+    block = tunable_block(context, result)
+    _, hidden, calls, _ = hidden_states(context.skeleton, ids).batch(0)
+
+    def marked(hidden: Tensor, call: BlockCall) -> Handed:
+        found = block(hidden, call)
+        node_of(block.leaves[0]).metadata["met"] = True
+        return found
+
+    kept_bytes(marked, hidden, calls[0])
+    assert "met" not in node_of(block.leaves[0]).metadata
 
 
 def test_part_of_an_epoch_visits_batches_evenly() -> None:

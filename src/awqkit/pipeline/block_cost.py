@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from awqkit.model.block_calls import hand_on
+from awqkit.model.device_waits import replayed
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.block_step import BlockResult, quantize_block
+from awqkit.pipeline.captured_pass import BlocksPass
 from awqkit.pipeline.context import BlockContext, Stream, Streams
 from awqkit.pipeline.end_gradients import BATCH_DIVISOR, EndGradients
 from awqkit.pipeline.observe_block import measure_row_weights
@@ -31,11 +33,13 @@ _LONG = 10.0  # seconds: after a block that took longer nothing is run again to 
 class StepCost:
     """Of tuning, for one block. seconds, forward_seconds: for each token, of a step and of a pass forward.
 
-    kept_bytes: for each token, what the gradients need to have kept. code_bytes: of what stays in memory.
+    capture: seconds until a GPU replays steps. kept_bytes: for each token, what the gradients need to have kept.
+    code_bytes: of what stays in memory.
     """
 
     seconds: float
     forward_seconds: float
+    capture: float
     kept_bytes: float
     code_bytes: int
 
@@ -186,7 +190,8 @@ def _token_step(job: Run, context: BlockContext, passages: int, settle: Callable
         with torch.no_grad():
             hand_on(context.block, hidden, calls[context.index])
 
-    return min(seconds_of(step, settle) for _ in range(3))
+    again = replayed(step, job.device)
+    return min(seconds_of(again, settle) for _ in range(3))
 
 
 def _step_cost(
@@ -201,17 +206,25 @@ def _step_cost(
     if call.wanted:
         raise ValueError("blocks hand on more than hidden states")
 
+    run = BlocksPass([tunable])
+
     def step() -> None:
         with torch.enable_grad():
-            tunable(hidden.clone().requires_grad_(True), call).hidden.sum().backward()
+            output = run.forward(hidden, [call])
+        run.backward(output, torch.ones_like(output))
+        for leaf in tunable.leaves:
+            leaf.grad = None
 
     def forward() -> None:
         with torch.no_grad():
-            tunable(hidden, call)
+            run.forward(hidden, [call])
 
     kept = kept_bytes(tunable, hidden, call)
+    tunable.hold_weights()
+    capture = seconds_of(lambda: run.capture(hidden, [call]), settle)
     seconds = sum(seconds_of(step, settle) for _ in range(2)) / 2  # memory that is new each time is part of it
-    return StepCost(seconds / tokens, seconds_of(forward, settle) / tokens, kept / tokens, _code_bytes(tunable))
+    forward_seconds = seconds_of(forward, settle)
+    return StepCost(seconds / tokens, forward_seconds / tokens, capture, kept / tokens, _code_bytes(tunable))
 
 
 def _code_bytes(block: TunableBlock) -> int:

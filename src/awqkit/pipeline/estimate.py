@@ -272,7 +272,8 @@ def _tuning(job: Run, rows: _Rows, costs: list[tuple[int, BlockCost]], head: _He
     passes = 1 if job.recipe.propagates else 2
     forward = sum(count * step.forward_seconds for count, step in steps) * rows.length * held_out * passes
     logits = 0.0 if head is None else head.load + visited * head.step + held_out * 4 * head.forward
-    return visited * rows.length * step_seconds + forward + logits
+    capture = sum(count * step.capture for count, step in steps)
+    return capture + visited * rows.length * step_seconds + forward + logits
 
 
 def _peaks(job: Run, rows: _Rows | None, measured: int, costs: list[tuple[int, BlockCost]]) -> tuple[int | None, int]:

@@ -81,12 +81,12 @@ def _stacked(weights: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict
 
 def kept_bytes(block: TunableBlock, hidden: Tensor, call: BlockCall) -> int:
     """What a block keeps for its gradients when it runs on `hidden` without `recompute`."""
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> None:  # giving the tensor back would tie its graph into a knot that is never freed
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
         block(hidden, call)
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
