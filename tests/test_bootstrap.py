@@ -351,7 +351,7 @@ def test_only_ci_sets_up_the_browser_for_the_report_page() -> None:
     """It is 694 MB; make test must work without, and then skips what needs one (`tests/report/test_html.py`)."""
     assert "browser" not in (ROOT / "Makefile").read_text(encoding="utf-8")
     steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert steps.index("--extra test --extra browser\n") < steps.index(' test\n\nannounce "make test-zoo"')
+    assert steps.index("--extra test --extra browser\n") < steps.index(' test\n\nannounce "make test-kills"')
     declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     test_extra = declared.split("\ntest = [")[1].split("]")[0]
     assert "PySide6" in declared and "PySide6" not in test_extra

@@ -247,6 +247,7 @@ def test_going_on_with_another_torch_is_told(source: Path, tmp_path: Path, monke
     assert any(isinstance(each, Caution) and "torch was 2.0, is " in each.text for each in events)
 
 
+@pytest.mark.kills
 def test_killed_at_random_moments_a_run_ends_with_the_bytes_of_an_unbroken_one(source: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"word{number}" for number in range(6000)), encoding="utf-8")
