@@ -14,6 +14,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from awqkit.numerics.statistics import Gram, added_gram_
+from awqkit.pipeline import summed_statistics
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.ranks import Ranks, _packed, _unpacked, asked_size, dealt
 from awqkit.pipeline.row_parts import by_part, in_pairs, own_rows
@@ -83,6 +84,17 @@ def test_a_sum_that_waits_is_not_held_beside_the_next_value() -> None:
             del part
 
     assert in_pairs(parts(), torch.add, torch.clone, 4).tolist() == [4.0, 4.0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("has_room", [True, False])
+def test_sums_wait_on_the_host_where_a_gpu_has_no_room(has_room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summed_statistics, "is_spare", lambda *given: has_room)
+    parts = [{"": Gram(1.0, torch.full((4, 4), float(part), device="cuda"))} for part in range(4)]
+    (waiting,) = summed_statistics._where_there_is_room([parts[0][""].gram], 0.0)
+    assert waiting.is_cuda == has_room
+    found = summed_statistics.summed_grams(Ranks.alone(torch.device("cuda")), parts, 4)[""]
+    assert (found.weight_sum, found.gram.is_cuda, float(found.gram[0, 0])) == (4.0, True, 6.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
