@@ -4,15 +4,19 @@
     python benchmarks/beside_peers.py --device cpu --samples 32 --blocks 6 --peer autoround=PYTHON   the first 6 blocks
 
 Seconds are those of the process, from its start to its end, imports and writing among them; `--repeats` runs ours
-several times, since the first one in a new environment compiles kernels. Ours is the command that a user types, given
-the text, of which it chooses rows itself; a peer gets token rows of the same text. All are scored from their folders on
-the same windows, so that a time stands beside what it bought. Of a model cut to its first blocks, KL is to the cut one.
+several times, since the first one in a new environment compiles kernels. Bytecode is compiled beforehand for all, as
+pip leaves it: it is kept in a folder of the benchmark's own, where a first start of each puts it. `start_seconds` is
+what a process takes to import torch and the model's class and to wake the device. Ours is the command that a user
+types, given the text, of which it chooses rows itself; a peer gets token rows of the same text. All are scored from
+their folders on the same windows, so that a time stands beside what it bought. Of a model cut to its first blocks, KL
+is to the cut one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -34,10 +38,17 @@ from conditions import (
     without_held_out,
 )
 from memory import first_blocks
-from peer_rows import LIMIT_SECONDS, PEERS, NotRun, named_peers, not_asked, run_peer
+from peer_rows import LIMIT_SECONDS, PEERS, SCRIPTS, NotRun, named_peers, not_asked, run_peer
 from torch import nn
 
 PRESETS = ("fast", "balanced")
+_START = """
+import sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+with torch.device("meta"):
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))
+torch.zeros(1, device=sys.argv[2])
+"""
 
 
 def main() -> None:
@@ -47,10 +58,13 @@ def main() -> None:
         if args.blocks:
             whole, args.model = open_conditions(args).model, Path(scratch) / "cut"
             first_blocks(whole, args.model, args.blocks)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(Path(scratch) / "bytecode")
+        for name, python in peers.items():
+            subprocess.run([python, str(SCRIPTS / PEERS[name].script), "--help"], capture_output=True, check=False)
         conditions = open_conditions(args)
         original = conditions.reference(conditions.model)
         head = {"environment": environment(conditions.device), "model": conditions.model.name}
-        head |= {"settings": settings_of(args) | {"peer": list(peers)}}
+        head |= {"settings": settings_of(args) | {"peer": list(peers)}, "start_seconds": start_seconds(conditions)}
         runs: list[dict[str, Any]] = []
         for preset in args.methods:
             for repeat in range(args.repeats):
@@ -76,6 +90,15 @@ def _arguments() -> tuple[argparse.Namespace, dict[str, str]]:
         return args, named_peers(args.peer)
     except ValueError as error:
         parser.error(str(error))
+
+
+def start_seconds(conditions: Conditions) -> float:
+    """Of the second of two processes that do no more than start; a copy of what every one of the runs has in it."""
+    for _ in range(2):
+        began = time.monotonic()
+        words = [sys.executable, "-c", _START, str(conditions.model), conditions.device.type]
+        subprocess.run(words, check=True, capture_output=True)
+    return time.monotonic() - began
 
 
 def ours(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from threading import Thread
+
 import torch
 
 from awqkit.errors import UsageError
@@ -32,3 +35,15 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
     return device
+
+
+def wake(device: torch.device) -> None:
+    """Have a GPU's driver begin, up to a second while Python goes on importing. What is wrong is seen at first use."""
+
+    def first_product() -> None:
+        with suppress(RuntimeError):
+            one = torch.ones(1, 1, device=device)
+            one @ one
+
+    if device.type == "cuda":
+        Thread(target=first_product, name="awqkit-wake", daemon=True).start()

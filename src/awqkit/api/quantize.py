@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from awqkit.api.calibration_rows import CalibrationRows, enough_to_check, given_rows, rows_text, text_rows
-from awqkit.api.device import choose_device, ranks_device
+from awqkit.api.device import choose_device, ranks_device, wake
 from awqkit.api.fingerprint import changed_environment, environment, fingerprint, refuse_changed
 from awqkit.api.generated_rows import OwnText, own_text, with_generated
 from awqkit.api.given_model import GivenModel, find_given, given_name, open_given
@@ -162,6 +162,7 @@ def quantize(
         device = choose_device(options.device) if asked_size() == 1 else ranks_device(options.device, local_rank())
     except UsageError as error:
         refused = error  # raised once every rank has been told
+    wake(device)
     with started_ranks(device) as ranks, device_memory_at_most(device, options.device_memory):
         emit = emit if ranks.is_first else ignore_events
 
