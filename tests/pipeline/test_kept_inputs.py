@@ -10,6 +10,7 @@ import torch
 from tiny_contexts import CPU, block_context, current, hidden_states, token_ids
 from tiny_models import tiny_model
 
+from awqkit.pipeline import kept_states
 from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.observe_block import observe
 from awqkit.pipeline.stopped_rows import StoppedRows
@@ -27,4 +28,33 @@ def test_they_are_what_the_block_run_again_gives(family: str, monkeypatch: pytes
     for entry in context.structure.inputs:
         ((part, expected, _),) = StoppedRows(context, before, wait=False).at(entry, {})
         assert torch.equal(kept.at(entry.first, part), expected.to(torch.bfloat16).reshape(5, 12, -1))
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob(".awqkit-*"))
+
+
+@pytest.mark.parametrize(("host_bytes", "expected"), [(32, "pinned"), (31, "file")])
+def test_where_a_gpu_has_no_room_its_host_keeps_them_and_else_a_file(
+    host_bytes: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_spare(needed: float, share: float, reserved: float, device: torch.device) -> bool:
+        return device.type == "cpu" and needed <= host_bytes
+
+    def empty(shape: torch.Size, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        return torch.zeros(shape, dtype=dtype)
+
+    file = torch.ones(2, 4, dtype=torch.bfloat16)
+    monkeypatch.setattr(kept_states, "is_spare", is_spare)
+    monkeypatch.setattr(kept_states, "_on_disk", lambda shape, folder, dtype: file)
+    with monkeypatch.context() as only_here:
+        only_here.setattr(torch, "empty", empty)
+        (kept,) = kept_states.kept_states([torch.Size((2, 4))], torch.device("cuda"))
+    assert (kept is file) == (expected == "file")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_memory_gives_back_what_a_gpu_put_there() -> None:
+    kept, device = torch.empty(64, 256, dtype=torch.bfloat16, pin_memory=True), torch.device("cuda")
+    for part in (slice(0, 32), slice(32, 64)):
+        values = torch.randn(32, 256, device=device)
+        kept_states.put(kept[part], values)
+        assert torch.equal(kept_states.taken(kept[part], device), values.to(torch.bfloat16))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from awqkit.model.structure import LinearInput
-from awqkit.pipeline.kept_states import kept_states
+from awqkit.pipeline.kept_states import kept_states, put, taken
 from awqkit.pipeline.ranks import Ranks
 
 
@@ -32,7 +32,7 @@ class KeptInputs:
     def keep(self, first: str, part: slice, inputs: Tensor) -> None:
         """Keep the inputs of some rows, `[rows, tokens, channels]` or with rows and tokens in one dimension."""
         place = self._kept[first][part]
-        place.copy_(inputs.reshape(place.shape))
+        put(place, inputs.reshape(place.shape))
         self._latest[first] = inputs
 
     def find_source(self, experts: str, picked: Tensor, numbers: Tensor) -> None:
@@ -59,4 +59,4 @@ class KeptInputs:
 
     def at(self, first: str, part: slice) -> Tensor:
         """The inputs of some rows, bfloat16 on the device."""
-        return self._kept[first][part].to(self._device)
+        return taken(self._kept[first][part], self._device)

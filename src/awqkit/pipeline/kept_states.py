@@ -1,4 +1,4 @@
-"""Tensors of the size of all hidden states: on the device where there is room, else in unlinked files."""
+"""Tensors of the size of all hidden states: on the device where there is room, on its host, else in unlinked files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from awqkit.pipeline.free_memory import is_spare
 
 SCRATCH = "temporary files of the run (TMPDIR) need"
 _DEVICE_SHARE = 0.3  # of the free device memory
+_HOST_SHARE = 0.3  # of the host's, for a GPU; torch takes whole powers of two of pinned memory, and keeps them
 
 
 def kept_states(
@@ -27,9 +28,21 @@ def kept_states(
     needed_bytes = dtype.itemsize * sum(shape.numel() for shape in shapes)
     if device.type == "cuda" and is_spare(needed_bytes, _DEVICE_SHARE, reserved, device):
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    if device.type == "cuda" and is_spare(2 * needed_bytes, _HOST_SHARE, 0.0, torch.device("cpu")):
+        return [torch.empty(shape, dtype=dtype, pin_memory=True) for shape in shapes]
     folder = Path(tempfile.gettempdir())
     refuse_full_disk(folder, needed_bytes, SCRATCH)  # else writing to the mapped file would end the process
     return [_on_disk(shape, folder, dtype) for shape in shapes]
+
+
+def put(kept: Tensor, values: Tensor) -> None:
+    """Put values from a device in the place of kept ones. A copy to pinned memory is done when the device is."""
+    kept.copy_(values, non_blocking=kept.is_pinned())
+
+
+def taken(kept: Tensor, device: torch.device) -> Tensor:
+    """Kept values on the device that put them there."""
+    return kept.to(device, non_blocking=kept.is_pinned())
 
 
 def _on_disk(shape: torch.Size, folder: Path, dtype: torch.dtype) -> Tensor:
@@ -54,9 +67,9 @@ class KeptBeside:
             shapes = [(torch.Size((self._num_rows, *tensor.shape[1:])), tensor.dtype) for tensor in tensors]
             self._kept = [kept_states([shape], self._device, dtype)[0] for shape, dtype in shapes]
         for kept, tensor in zip(self._kept, tensors, strict=True):
-            kept[part].copy_(tensor)
+            put(kept[part], tensor)
 
     def at(self, part: slice) -> tuple[Carried, ...]:
         """What goes with some rows, on the device."""
         kept = iter(self._kept or ())
-        return mapped(self._form, lambda _: next(kept)[part].to(self._device))
+        return mapped(self._form, lambda _: taken(next(kept)[part], self._device))
