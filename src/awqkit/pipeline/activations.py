@@ -11,7 +11,7 @@ from torch import Tensor
 from awqkit.model.block_calls import BlockCall, Carried, mapped, sharing
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.free_memory import is_spare
-from awqkit.pipeline.kept_states import KeptBeside
+from awqkit.pipeline.kept_states import HOST_SHARE, KeptBeside
 from awqkit.pipeline.marked_states import MarkedStates
 from awqkit.pipeline.row_parts import OwnRows
 from awqkit.pipeline.saved_states import rows_of_pieces
@@ -83,7 +83,7 @@ class HiddenStates:
         for part, started in zip(self._batches, skeleton.start(self._split(rows), device), strict=True):
             if self._states is None:
                 self._states = _place(rows.ids.shape, started.hidden.shape[2:], device, num_streams, reserved)
-            self._states[part] = started.hidden.to(self._states.device)
+            self._states[part].copy_(started.hidden)
             self._calls[part.start] = self._sharing(started.calls)
 
     def copy(self) -> HiddenStates:
@@ -222,7 +222,7 @@ class HiddenStates:
         """Put the block's output in the place of its input; beside: what the next block gets with it."""
         if self._mark is not None:
             self._mark.before_write(self._states, part)
-        self._states[part] = hidden.to(self._states.device)
+        self._states[part].copy_(hidden)
         self._beside[part.start] = mapped(beside, lambda tensor: tensor.detach().to(self._states.device))
 
 
@@ -241,4 +241,7 @@ def _batches(shape: torch.Size, tokens_per_batch: int, ends: Sequence[int]) -> I
 def _place(shape: torch.Size, width: torch.Size, device: torch.device, num_streams: int, reserved: float) -> Tensor:
     size_bytes = shape.numel() * width.numel() * 4 * num_streams
     fits = device.type == "cuda" and is_spare(size_bytes, _DEVICE_SHARE, reserved, device)
-    return torch.empty(*shape, *width, device=device if fits else "cpu")
+    if fits or device.type != "cuda":
+        return torch.empty(*shape, *width, device=device)
+    pinned = is_spare(2 * size_bytes, HOST_SHARE, 0.0, torch.device("cpu"))  # copies of it are several times as fast
+    return torch.empty(*shape, *width, pin_memory=pinned)

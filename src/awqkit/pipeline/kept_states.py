@@ -15,7 +15,7 @@ from awqkit.pipeline.free_memory import is_spare
 
 SCRATCH = "temporary files of the run (TMPDIR) need"
 _DEVICE_SHARE = 0.3  # of the free device memory
-_HOST_SHARE = 0.3  # of the host's, for a GPU; torch takes whole powers of two of pinned memory, and keeps them
+HOST_SHARE = 0.3  # of the host's, for a GPU; torch takes whole powers of two of pinned memory, and keeps them
 
 
 def kept_states(
@@ -28,7 +28,7 @@ def kept_states(
     needed_bytes = dtype.itemsize * sum(shape.numel() for shape in shapes)
     if device.type == "cuda" and is_spare(needed_bytes, _DEVICE_SHARE, reserved, device):
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-    if device.type == "cuda" and is_spare(2 * needed_bytes, _HOST_SHARE, 0.0, torch.device("cpu")):
+    if device.type == "cuda" and is_spare(2 * needed_bytes, HOST_SHARE, 0.0, torch.device("cpu")):
         return [torch.empty(shape, dtype=dtype, pin_memory=True) for shape in shapes]
     folder = Path(tempfile.gettempdir())
     refuse_full_disk(folder, needed_bytes, SCRATCH)  # else writing to the mapped file would end the process
