@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from awqkit.decisions import ALPHA_POINTS, AlphaSummary
 from awqkit.methods.evidence import Evidence, Readers
-from awqkit.methods.linear import QuantizedLinear, ScaledWeight, group_weights, plain_weight
+from awqkit.methods.linear import ScaledWeight, group_weights
 from awqkit.methods.plan import LinearPlan
 from awqkit.numerics.activations import token_rounding_error
 from awqkit.numerics.channel_scale import (
+    IDENTITY,
     Candidate,
     best_per_unit,
     candidates,
@@ -21,9 +22,10 @@ from awqkit.numerics.channel_scale import (
     search_units,
     smooth_candidates,
     tied_mean,
+    tries,
 )
 from awqkit.numerics.histogram import counts_at
-from awqkit.numerics.output_error import moment_diagonal, summed_error, weighted_error
+from awqkit.numerics.output_error import moment_diagonal, weighted_error
 from awqkit.numerics.statistics import Statistics, second_moment
 
 
@@ -47,11 +49,37 @@ class ScaleChoices:
 
 
 @dataclass(frozen=True, slots=True)
+class Units:
+    """Which channels take one candidate together: the number of the unit of every group `[groups]` and of every input
+    channel `[in]`, int64, and how many units there are.
+    """
+
+    of_group: Tensor
+    of_channel: Tensor
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tied:
-    """Which producer channel every input channel reads: `channel_of` `[in]` int64, −1 where s must stay 1."""
+    """Which producer channel every input channel reads: `channel_of` `[in]` int64, −1 where s must stay 1.
+
+    What follows from it for a search is found once, for all blocks of a kind.
+    """
 
     channel_of: Tensor
     num_producer_channels: int
+    _units: dict[tuple[int, bool], Units] = field(default_factory=dict, repr=False, compare=False)
+
+    def units(self, group_size: int, *, by_layer: bool = False) -> Units:
+        """See `numerics.channel_scale.search_units`; by_layer: all channels are one."""
+        key = (group_size, by_layer)
+        if key not in self._units:
+            of_group = search_units(self.channel_of, self.num_producer_channels, group_size)
+            if by_layer:
+                of_group = torch.zeros_like(of_group)
+            of_channel = of_group.repeat_interleave(group_size)
+            self._units[key] = Units(of_group, of_channel, int(of_group.max()) + 1)
+        return self._units[key]
 
     def mean(self, values: Tensor) -> Tensor:
         """`values` `[in]` averaged over the input channels of one producer channel."""
@@ -93,15 +121,30 @@ def _search_families(
     readers: Readers, statistics: Statistics, evidence: Evidence, tied: Tied, plan: LinearPlan, choices: ScaleChoices
 ) -> ChannelScale:
     """AWQ and what measured better: each search unit takes the best α of the best family."""
-    importance = tied.mean(IMPORTANCE[choices.importance](statistics, evidence))
-    column_rms = tied.mean(readers.column_energy).sqrt()
-    by_layer = choices.alpha_search == "layer"
-    unit_of_group = search_units(tied.channel_of, tied.num_producer_channels, plan.group_size)
-    if by_layer:
-        unit_of_group = torch.zeros_like(unit_of_group)
-    unit_of_channel = unit_of_group.repeat_interleave(plan.group_size)
-    tried = candidates(importance, column_rms, tied.channel_of, unit_of_channel, choices.families)
-    on_full_moment = by_layer and plan.error_weight == "moment"
+    importance = IMPORTANCE[choices.importance](statistics, evidence)
+    units = tied.units(plan.group_size, by_layer=choices.alpha_search == "layer")
+    found = best_of_families(readers, importance, evidence, tied, units, plan, choices)
+    return _read(tries(choices.families), found)
+
+
+def best_of_families(
+    readers: Readers,
+    importance: Tensor,
+    evidence: Evidence,
+    tied: Tied,
+    units: Units,
+    plan: LinearPlan,
+    choices: ScaleChoices,
+) -> SearchedScale:
+    """What `_search_families` finds, before anybody looks at it. Nothing waits for the device."""
+    tried = candidates(
+        tied.mean(importance),
+        tied.mean(readers.column_energy).sqrt(),
+        tied.channel_of,
+        units.of_channel,
+        choices.families,
+    )
+    on_full_moment = choices.alpha_search == "layer" and plan.error_weight == "moment"
     errors = rounding_errors(
         torch.cat(readers.weights),
         group_weights(evidence.moment, evidence.metric, plan),
@@ -111,8 +154,8 @@ def _search_families(
         full_moment=evidence.moment if on_full_moment else None,
         **plan.grid_choices,
     )
-    best = best_per_unit(errors, unit_of_group[:1] if on_full_moment else unit_of_group)
-    return _chosen(tried, best, unit_of_channel, tied)
+    best = best_per_unit(errors, units.of_group[:1] if on_full_moment else units.of_group, units.count)
+    return _searched(tried, best, units.of_channel, tied)
 
 
 def _search_smoothing(
@@ -127,8 +170,9 @@ def _search_smoothing(
         choices.smooth_alpha,
     )
     unit_of_channel = torch.zeros_like(tied.channel_of)
+    names = [(candidate.family, candidate.alpha) for candidate in tried]
     if choices.smooth_alpha is not None:
-        return _chosen(tried, unit_of_channel[:1], unit_of_channel, tied)
+        return _read(names, _searched(tried, unit_of_channel[:1], unit_of_channel, tied))
     errors = rounding_errors(
         weight,
         group_weights(evidence.moment, evidence.metric, plan),
@@ -140,16 +184,24 @@ def _search_smoothing(
     )
     for index, candidate in enumerate(tried):
         errors[index] += token_rounding_error(weight, statistics.sample, candidate.channel_scale, readers.row_weight)
-    return _chosen(tried, best_per_unit(errors, unit_of_channel[:1]), unit_of_channel, tied)
+    return _read(names, _searched(tried, best_per_unit(errors, unit_of_channel[:1], 1), unit_of_channel, tied))
 
 
-def _chosen(tried: Sequence[Candidate], best: Tensor, unit_of_channel: Tensor, tied: Tied) -> ChannelScale:
+@dataclass(frozen=True, slots=True)
+class SearchedScale:
+    """s per producer channel. figures: its extremes, then the number of every unit's best candidate; float64."""
+
+    per_channel: Tensor
+    figures: Tensor
+
+
+def _searched(tried: Sequence[Candidate], best: Tensor, unit_of_channel: Tensor, tied: Tied) -> SearchedScale:
     scale = torch.stack([candidate.channel_scale for candidate in tried])
     chosen = scale.gather(0, best[unit_of_channel].unsqueeze(0)).squeeze(0)
     # a place more, which −1 stands for
     per_channel = torch.ones(tied.num_producer_channels + 1, device=scale.device)
     per_channel = per_channel.scatter_(0, tied.channel_of % len(per_channel), chosen)[:-1]
-    return ChannelScale(per_channel, _summary(tried, best, per_channel))
+    return SearchedScale(per_channel, torch.cat([torch.stack(per_channel.aminmax()).double(), best.double()]))
 
 
 def consumer_scale(per_channel: Tensor, channel_of: Tensor) -> Tensor:
@@ -158,17 +210,15 @@ def consumer_scale(per_channel: Tensor, channel_of: Tensor) -> Tensor:
     return torch.where(channel_of >= 0, scale, torch.ones_like(scale))
 
 
-def _summary(tried: Sequence[Candidate], best: Tensor, per_channel: Tensor) -> AlphaSummary:
-    won = [tried[index] for index in best.tolist()]
-    scale_min, scale_max = torch.stack(per_channel.aminmax()).tolist()
-    scaled = [candidate for candidate in won if candidate.family != "identity"]
-    alphas = sorted(candidate.alpha for candidate in scaled)
-    families = {
-        name: sum(candidate.family == name for candidate in scaled) for name in sorted({c.family for c in scaled})
-    }
-    return AlphaSummary(
-        num_units=len(won),
-        num_identity=len(won) - len(scaled),
+def _read(tried: Sequence[tuple[str, float]], found: SearchedScale) -> ChannelScale:
+    """With one look at the device. tried: family and α of every candidate."""
+    scale_min, scale_max, *best = found.figures.tolist()
+    scaled = [tried[int(index)] for index in best if tried[int(index)][0] != IDENTITY]
+    alphas, names = sorted(alpha for _, alpha in scaled), [family for family, _ in scaled]
+    families = {name: names.count(name) for name in sorted(set(names))}
+    summary = AlphaSummary(
+        num_units=len(best),
+        num_identity=len(best) - len(scaled),
         families=families,
         alpha_min=alphas[0] if alphas else None,
         alpha_median=alphas[len(alphas) // 2] if alphas else None,
@@ -177,6 +227,7 @@ def _summary(tried: Sequence[Candidate], best: Tensor, per_channel: Tensor) -> A
         scale_max=scale_max,
         counts=counts_at(torch.tensor(alphas), ALPHA_POINTS),
     )
+    return ChannelScale(found.per_channel, summary)
 
 
 def scale_costs(readers: Readers, evidence: Evidence, scales: Sequence[Tensor], plan: LinearPlan) -> list[float]:
@@ -200,29 +251,10 @@ def storage_cost(
     return weighted_error(stored / channel_scale - weight, moment, row_weight)
 
 
-def fold_errors(
-    consumers: Sequence[QuantizedLinear],
-    scaled: Sequence[ScaledWeight],
-    row_weights: Sequence[Tensor],
-    moments: Sequence[Tensor],
-) -> tuple[float, float]:
-    """The consumers' summed, row-weighted errors on H: of plain rounding at s = 1, and of what was chosen.
-
-    moments: H (as `numerics.output_error` takes it) of the input that each gets, in the original's units. Both are
-    measured from the weight aimed at; the rows' own division r is the same on both sides.
-    """
-    plain, chosen = 0.0, 0.0
-    for linear, weight, row_weight, moment in zip(consumers, scaled, row_weights, moments, strict=True):
-        both = (plain_weight(weight, linear.plan), linear.restored)
-        errors = torch.stack([summed_error(each - weight.target, moment, row_weight) for each in both]).tolist()
-        plain, chosen = plain + errors[0], chosen + errors[1]
-    return plain, chosen
-
-
 def smoothing_errors(
     scaled: Sequence[ScaledWeight], row_weights: Sequence[Tensor], samples: Sequence[Tensor]
 ) -> tuple[float, float]:
-    """What rounding the input per token adds to `fold_errors`: at s = 1, and at the chosen s.
+    """What rounding the input per token adds to the consumers' row-weighted errors: at s = 1, and at the chosen s.
 
     samples: tokens of what each reads, `[tokens, in]`.
     """

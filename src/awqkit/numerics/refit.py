@@ -59,7 +59,8 @@ def _scale_changes(
     # a group of zeros has no vertex: its own equation becomes "no change"
     ridge = torch.where(diagonal > 0, _RIDGE * diagonal, torch.ones_like(diagonal))
     factor, failed = torch.linalg.cholesky_ex(curvature + torch.diag_embed(ridge))
-    vertex = group_scale - torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+    halfway = torch.linalg.solve_triangular(factor, slope.unsqueeze(-1), upper=False)
+    vertex = group_scale - torch.linalg.solve_triangular(factor.mT, halfway, upper=True).squeeze(-1)
     stored = vertex.to(stored_dtype).to(torch.float32)
     # a Δ of another sign or size is no refit: codes and zero point would no longer mean the same range
     sound = (stored > 0.25 * group_scale) & (stored < 4.0 * group_scale) & (failed == 0).unsqueeze(-1)

@@ -17,7 +17,6 @@ from awqkit.methods.fold import (
     ScaleChoices,
     Tied,
     consumer_scale,
-    fold_errors,
     scale_costs,
     search_channel_scale,
     smoothing_errors,
@@ -27,6 +26,7 @@ from awqkit.methods.linear import (
     QuantizedLinear,
     RestoredLinear,
     Rounded,
+    Rounder,
     ScaledWeight,
     plain_weight,
     quantize_linear,
@@ -266,8 +266,8 @@ def _quantize_all(
         place = quantized_readers(context, entry).index
         for name in wanted:
             aimed = replace(scaled[name], target=evidence.target(scaled[name].original, place(name)))
-            made[name] = found = _quantize(context, aimed, evidence, measured, name, rounded.get(name))
-            errors = _consumer_errors(context, applied, aimed, found, evidence, measured, name)
+            made[name] = found = _quantize(context, applied, aimed, evidence, measured, name, rounded.get(name))
+            errors = _consumer_errors(context, applied, aimed, found, measured, name)
             is_known = name in rounded and found.quantized is rounded[name].quantized
             sent[name] = None if is_known else found.quantized, found.decision, errors
         return sent
@@ -301,8 +301,7 @@ def _round_in_parts(
     def work(name: str, entry: LinearInput, rows: slice) -> Rounded:
         evidence, whole = evidences[entry.first](), scaled[name]
         target = evidence.target(whole.original, quantized_readers(context, entry).index(name), rows)
-        part = ScaledWeight(whole.original[rows], target, whole.channel_scale, whole.row_scale[rows])
-        return round_rows_alike(part, evidence, context.block_plan.linears[name])
+        return round_rows_alike(whole.of_rows(target, rows), evidence, context.block_plan.linears[name])
 
     costs = [context.weight(name)[rows].numel() for name, _, rows in pieces]
     found: dict[str, list[Rounded]] = {}
@@ -332,27 +331,29 @@ def _arrived(
     return QuantizedLinear(context.block_plan.linears[name], quantized, scaled.channel_scale, restored, decision)
 
 
+def _is_asked(applied: Sequence[AppliedFold], name: str) -> bool:
+    """Whether a linear's errors count in a fold's."""
+    return any(each.in_use and name in each.fold.consumers for each in applied)
+
+
 def _consumer_errors(
     context: BlockContext,
     applied: Sequence[AppliedFold],
     scaled: ScaledWeight,
     linear: QuantizedLinear,
-    evidence: Evidence,
     measured: Measured,
     name: str,
 ) -> ConsumerErrors:
-    if not any(each.in_use and name in each.fold.consumers for each in applied):
-        return ConsumerErrors(0.0, 0.0)  # nobody asks
-    weights = row_weights_of(context, [name], measured)
-    errors = fold_errors([linear], [scaled], weights, [evidence.moment])
-    if context.recipe.activations == "none":
-        return ConsumerErrors(*errors)
+    if context.recipe.activations == "none" or not _is_asked(applied, name):
+        return ConsumerErrors(*linear.row_errors)
     sample = measured.statistics[context.structure.input_of(name).first].sample
-    return ConsumerErrors(*errors, *smoothing_errors([scaled], weights, [sample]))
+    weights = row_weights_of(context, [name], measured)
+    return ConsumerErrors(*linear.row_errors, *smoothing_errors([scaled], weights, [sample]))
 
 
 def _quantize(
     context: BlockContext,
+    applied: Sequence[AppliedFold],
     scaled: ScaledWeight,
     evidence: Evidence,
     measured: Measured,
@@ -360,17 +361,19 @@ def _quantize(
     rounded: Rounded | None = None,
 ) -> QuantizedLinear:
     """rounded: what clip, rounding and refinement have made of it already, if they have."""
-    if rounded is not None:
-        return quantize_linear(scaled, evidence, context.block_plan.linears[name], None, lambda *given: rounded)
-    row_weight = measured.row_weights.get(name)
+    plan, row_weight = context.block_plan.linears[name], measured.row_weights.get(name)
     sensitive = row_weight is not None and row_weight.dim() == 2
-    return quantize_linear(
-        scaled,
-        evidence,
-        context.block_plan.linears[name],
-        row_weight if sensitive else None,
-        sensitive_rounder(row_weight) if sensitive else round_rows_alike,
-    )
+    rounder: Rounder = round_rows_alike
+    if rounded is not None:
+        rounder = _given(rounded)
+    elif sensitive:
+        rounder = sensitive_rounder(row_weight)
+    fold_weight = row_weights_of(context, [name], measured)[0] if _is_asked(applied, name) else None
+    return quantize_linear(scaled, evidence, plan, row_weight if sensitive else None, rounder, fold_weight)
+
+
+def _given(rounded: Rounded) -> Rounder:
+    return lambda *asked: rounded
 
 
 def _check_folds(
@@ -525,7 +528,9 @@ def _scaled_weights(
             scaled[name] = replace(scaled[name], channel_scale=scaled[name].channel_scale * scale)
         producer = entry.fold.producer_linear
         if producer in scaled:
-            scaled[producer] = replace(scaled[producer], row_scale=scaled[producer].row_scale * entry.channel_scale)
+            before = scaled[producer].row_scale
+            row_scale = entry.channel_scale if before is None else before * entry.channel_scale
+            scaled[producer] = replace(scaled[producer], row_scale=row_scale)
     return scaled
 
 
