@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from awqkit.decisions import ALPHA_POINTS, AlphaSummary
+from awqkit.kernels.replay import Replays, called
 from awqkit.methods.evidence import Evidence, Readers
 from awqkit.methods.linear import ScaledWeight, group_weights
 from awqkit.methods.plan import LinearPlan
@@ -26,7 +27,7 @@ from awqkit.numerics.channel_scale import (
 )
 from awqkit.numerics.histogram import counts_at
 from awqkit.numerics.output_error import moment_diagonal, weighted_error
-from awqkit.numerics.statistics import Statistics, second_moment
+from awqkit.numerics.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,13 @@ class Units:
 class Tied:
     """Which producer channel every input channel reads: `channel_of` `[in]` int64, −1 where s must stay 1.
 
-    What follows from it for a search is found once, for all blocks of a kind.
+    What follows from it alone is found once, for all blocks of a kind.
     """
 
     channel_of: Tensor
     num_producer_channels: int
     _units: dict[tuple[int, bool], Units] = field(default_factory=dict, repr=False, compare=False)
+    _in_order: list[bool] = field(default_factory=list, repr=False, compare=False)
 
     def units(self, group_size: int, *, by_layer: bool = False) -> Units:
         """See `numerics.channel_scale.search_units`; by_layer: all channels are one."""
@@ -81,9 +83,12 @@ class Tied:
             self._units[key] = Units(of_group, of_channel, int(of_group.max()) + 1)
         return self._units[key]
 
-    def mean(self, values: Tensor) -> Tensor:
-        """`values` `[in]` averaged over the input channels of one producer channel."""
-        return tied_mean(values, self.channel_of, self.num_producer_channels)
+    def scale(self, per_channel: Tensor) -> Tensor:
+        """`consumer_scale` of s per producer channel; the given tensor itself where channels are read in order."""
+        if not self._in_order:
+            own = torch.arange(self.num_producer_channels, device=self.channel_of.device)
+            self._in_order.append(torch.equal(self.channel_of, own))
+        return per_channel if self._in_order[0] else consumer_scale(per_channel, self.channel_of)
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of `values` `[in]` ≥ 0 over the input channels of one producer channel; −1 gives 1."""
@@ -99,31 +104,32 @@ def _conditional(statistics: Statistics, evidence: Evidence) -> Tensor:
 
 
 IMPORTANCE: dict[str, Callable[[Statistics, Evidence], Tensor]] = {
-    "square": lambda statistics, evidence: moment_diagonal(second_moment(statistics)),
+    "square": lambda statistics, evidence: moment_diagonal(statistics.gram) / (statistics.weight_sum or 1.0),
     "mean-abs": lambda statistics, evidence: statistics.mean_abs.square(),
     "conditional": _conditional,
 }
 
 
 def search_channel_scale(
-    readers: Readers, statistics: Statistics, evidence: Evidence, tied: Tied, plan: LinearPlan, choices: ScaleChoices
+    readers: Readers,
+    statistics: Statistics,
+    evidence: Evidence,
+    tied: Tied,
+    plan: LinearPlan,
+    choices: ScaleChoices,
+    replays: Replays | None = None,
 ) -> ChannelScale:
     """The s that minimises the consumers' summed error.
 
     readers: the consumers, unscaled. statistics, evidence: of their input on the original stream. plan: any consumer's
-    (they share a grid's choices).
+    (they share a grid's choices). replays: by which the search may be replayed.
     """
-    search = _search_smoothing if choices.channel_scale == "smooth" else _search_families
-    return search(readers, statistics, evidence, tied, plan, choices)
-
-
-def _search_families(
-    readers: Readers, statistics: Statistics, evidence: Evidence, tied: Tied, plan: LinearPlan, choices: ScaleChoices
-) -> ChannelScale:
-    """AWQ and what measured better: each search unit takes the best α of the best family."""
+    if choices.channel_scale == "smooth":
+        return _search_smoothing(readers, statistics, evidence, tied, plan, choices)
     importance = IMPORTANCE[choices.importance](statistics, evidence)
     units = tied.units(plan.group_size, by_layer=choices.alpha_search == "layer")
-    found = best_of_families(readers, importance, evidence, tied, units, plan, choices)
+    given = (readers, importance, evidence.bare, tied.channel_of, tied.num_producer_channels, units)
+    found = called(replays, best_of_families, *given, plan.nameless, choices)
     return _read(tries(choices.families), found)
 
 
@@ -131,19 +137,17 @@ def best_of_families(
     readers: Readers,
     importance: Tensor,
     evidence: Evidence,
-    tied: Tied,
+    channel_of: Tensor,
+    num_producer_channels: int,
     units: Units,
     plan: LinearPlan,
     choices: ScaleChoices,
 ) -> SearchedScale:
-    """What `_search_families` finds, before anybody looks at it. Nothing waits for the device."""
-    tried = candidates(
-        tied.mean(importance),
-        tied.mean(readers.column_energy).sqrt(),
-        tied.channel_of,
-        units.of_channel,
-        choices.families,
-    )
+    """AWQ and what measured better: each search unit takes the best α of the best family. Nobody looks at it yet, and
+    nothing waits for the device. importance: `[in]`. Otherwise as `search_channel_scale` and `Tied` have it.
+    """
+    energies = [tied_mean(each, channel_of, num_producer_channels) for each in (importance, readers.column_energy)]
+    tried = candidates(energies[0], energies[1].sqrt(), channel_of, units.of_channel, choices.families)
     on_full_moment = choices.alpha_search == "layer" and plan.error_weight == "moment"
     errors = rounding_errors(
         torch.cat(readers.weights),
@@ -155,7 +159,7 @@ def best_of_families(
         **plan.grid_choices,
     )
     best = best_per_unit(errors, units.of_group[:1] if on_full_moment else units.of_group, units.count)
-    return _searched(tried, best, units.of_channel, tied)
+    return _searched(tried, best, units.of_channel, channel_of, num_producer_channels)
 
 
 def _search_smoothing(
@@ -170,9 +174,10 @@ def _search_smoothing(
         choices.smooth_alpha,
     )
     unit_of_channel = torch.zeros_like(tied.channel_of)
+    channels = tied.channel_of, tied.num_producer_channels
     names = [(candidate.family, candidate.alpha) for candidate in tried]
     if choices.smooth_alpha is not None:
-        return _read(names, _searched(tried, unit_of_channel[:1], unit_of_channel, tied))
+        return _read(names, _searched(tried, unit_of_channel[:1], unit_of_channel, *channels))
     errors = rounding_errors(
         weight,
         group_weights(evidence.moment, evidence.metric, plan),
@@ -184,7 +189,8 @@ def _search_smoothing(
     )
     for index, candidate in enumerate(tried):
         errors[index] += token_rounding_error(weight, statistics.sample, candidate.channel_scale, readers.row_weight)
-    return _read(names, _searched(tried, best_per_unit(errors, unit_of_channel[:1], 1), unit_of_channel, tied))
+    best = best_per_unit(errors, unit_of_channel[:1], 1)
+    return _read(names, _searched(tried, best, unit_of_channel, *channels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +201,14 @@ class SearchedScale:
     figures: Tensor
 
 
-def _searched(tried: Sequence[Candidate], best: Tensor, unit_of_channel: Tensor, tied: Tied) -> SearchedScale:
+def _searched(
+    tried: Sequence[Candidate], best: Tensor, unit_of_channel: Tensor, channel_of: Tensor, num_producer_channels: int
+) -> SearchedScale:
     scale = torch.stack([candidate.channel_scale for candidate in tried])
     chosen = scale.gather(0, best[unit_of_channel].unsqueeze(0)).squeeze(0)
     # a place more, which −1 stands for
-    per_channel = torch.ones(tied.num_producer_channels + 1, device=scale.device)
-    per_channel = per_channel.scatter_(0, tied.channel_of % len(per_channel), chosen)[:-1]
+    per_channel = torch.ones(num_producer_channels + 1, device=scale.device)
+    per_channel = per_channel.scatter_(0, channel_of % len(per_channel), chosen)[:-1]
     return SearchedScale(per_channel, torch.cat([torch.stack(per_channel.aminmax()).double(), best.double()]))
 
 

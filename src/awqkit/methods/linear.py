@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from awqkit.decisions import CLIP_POINTS, SALIENT_CHANNEL_SHARES, LinearDecision
+from awqkit.kernels.replay import Replays, called
 from awqkit.methods.evidence import Evidence
 from awqkit.methods.plan import LinearPlan
 from awqkit.methods.slots import CLIP, REFINEMENT, ROUNDING
@@ -231,19 +232,21 @@ def quantize_linear(
     row_weight: Tensor | None = None,
     round_rows: Rounder = round_rows_alike,
     fold_weight: Tensor | None = None,
+    replays: Replays | None = None,
 ) -> QuantizedLinear:
     """The quantized linear, never worse than nearest rounding of the same target under the same s.
 
     evidence: of the input that it gets, or None without calibration (then nothing is searched). row_weight: as
     `output_error.weighted_error` takes it, what "worse" is measured with. fold_weight: the same, what `row_errors` of
-    the result are measured with, where somebody asks for them.
+    the result are measured with, where somebody asks for them. replays: by which it may be replayed, if `round_rows` is
+    a function of its arguments alone.
     """
     if evidence is None:
         found = rounded_linear(scaled, None, plan, None, None, _round_plainly)
         return _decided(scaled, None, plan, found, _Figures.of(found.figures, judged=False, weighs_rows=False), None)
 
     def looked_at(rounder: Rounder) -> tuple[RoundedLinear, _Figures]:
-        found = rounded_linear(scaled, evidence, plan, row_weight, fold_weight, rounder)
+        found = called(replays, rounded_linear, scaled, evidence.bare, plan.nameless, row_weight, fold_weight, rounder)
         return found, _Figures.of(found.figures, judged=True, weighs_rows=fold_weight is not None)
 
     found, figures = looked_at(round_rows)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from awqkit.kernels.group_search import scale_errors, takes
+from awqkit.kernels.replay import constants
 from awqkit.numerics.grid_tries import TileGrid, spanned, tile_error_, tile_of, tile_range, tile_row_errors_
 from awqkit.numerics.tiles import group_tiles, row_tiles
 
@@ -95,9 +96,9 @@ def candidates(
     importance, column_rms: `[in]` float32 ≥ 0, already tied; unit_of_channel: `[in]` int64.
     """
     identity, *tried = tries(families)
-    halves = [alpha / 2 for _, alpha in tried]
-    shares = [1 - alpha if family == "duo" else 0.0 for family, alpha in tried]
-    alphas, shares = importance.new_tensor([halves, shares]).unsqueeze(-1)
+    halves = tuple(alpha / 2 for _, alpha in tried)
+    rest = tuple(1 - alpha if family == "duo" else 0.0 for family, alpha in tried)
+    alphas, shares = (constants(each, importance.device).unsqueeze(-1) for each in (halves, rest))
     energy, column = _positive(importance).log(), _positive(column_rms).log()
     scales = _normalised(energy * alphas - column * shares, channel_of, unit_of_channel)
     unscaled = Candidate(*identity, torch.ones_like(importance))

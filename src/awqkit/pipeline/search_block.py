@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,6 @@ from awqkit.decisions import LOG2_SCALE_POINTS, FoldDecision, LinearDecision, Sc
 from awqkit.methods.evidence import Evidence, MetricChoices, Readers, original_evidence
 from awqkit.methods.fold import (
     ScaleChoices,
-    Tied,
     consumer_scale,
     scale_costs,
     search_channel_scale,
@@ -116,7 +115,8 @@ def restored_plainly(context: BlockContext) -> dict[str, RestoredLinear]:
     for name, plan in context.block_plan.linears.items():
         if plan.keep is None:
             scaled = ScaledWeight.unscaled(context.weight(name))
-            found[name] = RestoredLinear(scaled.channel_scale, plain_weight(scaled, plan))
+            plain = context.across.replays.call(plain_weight, scaled, plan.nameless)
+            found[name] = RestoredLinear(scaled.channel_scale, plain)
     return found
 
 
@@ -369,7 +369,8 @@ def _quantize(
     elif sensitive:
         rounder = sensitive_rounder(row_weight)
     fold_weight = row_weights_of(context, [name], measured)[0] if _is_asked(applied, name) else None
-    return quantize_linear(scaled, evidence, plan, row_weight if sensitive else None, rounder, fold_weight)
+    replays = context.across.replays if rounder is round_rows_alike else None
+    return quantize_linear(scaled, evidence, plan, row_weight if sensitive else None, rounder, fold_weight, replays)
 
 
 def _given(rounded: Rounded) -> Rounder:
@@ -453,11 +454,12 @@ def _search(
         readers,
         statistics,
         evidence,
-        Tied(fold.channel_of[consumers[0]], fold.num_channels),
+        context.across.tied(fold, consumers[0]),
         context.block_plan.linears[consumers[0]],
         ScaleChoices(
             recipe.channel_scale, recipe.scale_families, recipe.importance, recipe.alpha_search, recipe.smooth_alpha
         ),
+        context.across.replays,
     )
     stored, kept_columns = _stored(context, fold, found.per_channel, readers, evidence, measured)
     scale = ScaleSummary(**scale_summary(stored.channel_scale, LOG2_SCALE_POINTS)._asdict())
@@ -521,17 +523,19 @@ def _scaled_weights(
     context: BlockContext, applied: Sequence[AppliedFold], names: Sequence[str]
 ) -> dict[str, ScaledWeight]:
     """The linears named, aiming at their own weights, with the s of every fold, in the order of the names."""
-    scaled = {name: ScaledWeight.unscaled(context.weight(name)) for name in names}
+    return {name: _scaled_weight(context, applied, name) for name in names}
+
+
+def _scaled_weight(context: BlockContext, applied: Sequence[AppliedFold], name: str) -> ScaledWeight:
+    weight, columns, rows = context.weight(name), list[Tensor](), list[Tensor]()
     for entry in applied:
-        for name in entry.fold.channel_of.keys() & scaled.keys():
-            scale = consumer_scale(entry.channel_scale, entry.fold.channel_of[name])
-            scaled[name] = replace(scaled[name], channel_scale=scaled[name].channel_scale * scale)
-        producer = entry.fold.producer_linear
-        if producer in scaled:
-            before = scaled[producer].row_scale
-            row_scale = entry.channel_scale if before is None else before * entry.channel_scale
-            scaled[producer] = replace(scaled[producer], row_scale=row_scale)
-    return scaled
+        if name in entry.fold.channel_of:
+            columns.append(context.across.tied(entry.fold, name).scale(entry.channel_scale))
+        if name == entry.fold.producer_linear:
+            rows.append(entry.channel_scale)
+    if not columns:
+        columns.append(torch.ones(weight.shape[1], device=weight.device))
+    return ScaledWeight(weight, weight, reduce(torch.mul, columns), reduce(torch.mul, rows) if rows else None)
 
 
 def metric_choices(recipe: Recipe) -> MetricChoices:
