@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 # Of all tensors that go into a graph, 64 MB of float32: what a GPU computes with more takes it longer than the launches
 # take Python, and a graph keeps some ten times as much on the device.
 MOST_VALUES = 1 << 24
+_MET, _AS_IT_IS = "met once", "run as it is"  # what is known of calls alike that there is no graph of
 _ON_THE_HOST = {"aten.lift_fresh", "aten.lift"}  # what `torch.tensor` of a list ends with
 _INDEXING = {"aten.index", "aten.index_put", "aten.index_put_"}  # which only masks make wait
 _COPYING = {"aten._to_copy", "aten.copy_", "aten.copy"}
@@ -88,8 +89,7 @@ class Replays:
     """
 
     def __init__(self) -> None:
-        self._met: set[Hashable] = set()
-        self._known: dict[Hashable, _Replay | None] = {}  # None: it cannot be captured
+        self._known: dict[Hashable, _Replay | str] = {}
         self._buffers: dict[Hashable, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
@@ -98,7 +98,7 @@ class Replays:
     @property
     def num_captured(self) -> int:
         """How many graphs there are."""
-        return sum(each is not None for each in self._known.values())
+        return sum(isinstance(each, _Replay) for each in self._known.values())
 
     def let_go(self) -> None:
         """Hold no graph and no buffer, and make none any more: where memory is short, or wanted for something else."""
@@ -113,16 +113,15 @@ class Replays:
         if not (self._has_room and _takes(tensors)):
             return function(*given)
         key = _alike(function, form, tensors)
-        if key not in self._met:
-            self._met.add(key)
-            return function(*given)
-        if key not in self._known:
-            self._known[key] = self._captured(function, form, tensors)
-        replay = self._known[key]
-        return function(*given) if replay is None else replay(tensors)
+        known = self._known.get(key)
+        if known is None:
+            self._known[key] = _MET
+        elif known == _MET:
+            self._known[key] = known = self._captured(function, form, tensors)
+        return known(tensors) if isinstance(known, _Replay) else function(*given)
 
-    def _captured(self, function: Callable[..., Any], form: Any, tensors: Sequence[Tensor]) -> _Replay | None:
-        """None where it cannot be captured: it is then run as it is, which says by itself if memory is short."""
+    def _captured(self, function: Callable[..., Any], form: Any, tensors: Sequence[Tensor]) -> _Replay | str:
+        """What cannot be captured is run as it is, which says by itself if memory is short."""
         device = tensors[0].device
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
@@ -138,10 +137,10 @@ class Replays:
                 found = _Replay(work, self._pool)
         except torch.OutOfMemoryError:
             self.let_go()
-            return None
+            return _AS_IT_IS
         except Exception:  # what stands in the way of a graph is no error of the work
             self._pool = torch.cuda.graph_pool_handle()  # nobody knows in what state the other is
-            return None
+            return _AS_IT_IS
         usual.wait_stream(stream)
         return found
 
@@ -227,9 +226,14 @@ def _taken_apart(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, tuple):
         return _Parts(tuple, tuple(_taken_apart(each, tensors) for each in value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = (getattr(value, field.name) for field in dataclasses.fields(value))
+        fields = (getattr(value, name) for name in _field_names(type(value)))
         return _Parts(type(value), tuple(_taken_apart(each, tensors) for each in fields))
     return value
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def _put_together(form: Any, tensors: Sequence[Tensor]) -> Any:

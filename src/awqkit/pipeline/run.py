@@ -197,6 +197,7 @@ def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None
         finally:
             job.skeleton.release_block(index)
         follow_block(ranks, streams)
+    job.across.replays.let_go()
     if tunes:
         streams_to_tune(ranks, streams)
 
