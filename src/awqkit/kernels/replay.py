@@ -108,9 +108,11 @@ class Replays:
 
     def call(self, function: Callable[..., Result], *given: Any) -> Result:
         """`function(*given)`. It is captured at the second call with tensors and choices like these."""
+        if not (self._has_room and torch.cuda.is_initialized()):
+            return function(*given)
         tensors: list[Tensor] = []
         form = _taken_apart(given, tensors)
-        if not (self._has_room and _takes(tensors)):
+        if not _takes(tensors):
             return function(*given)
         key = _alike(function, form, tensors)
         known = self._known.get(key)
