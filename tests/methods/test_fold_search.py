@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from awqkit.methods.evidence import Evidence, Readers, original_evidence
-from awqkit.methods.fold import ChannelScale, ScaleChoices, Tied, consumer_scale, fold_errors, search_channel_scale
-from awqkit.methods.linear import QuantizedLinear, ScaledWeight, plain_weight, quantize_linear, round_plainly
+from awqkit.methods.fold import ChannelScale, ScaleChoices, Tied, consumer_scale, search_channel_scale
+from awqkit.methods.linear import ScaledWeight, plain_weight, quantize_linear, round_plainly
 from awqkit.methods.plan import LinearPlan
 from awqkit.numerics.grid import dequantize
 from awqkit.numerics.statistics import Statistics, accumulate_, empty_statistics, finished, second_moment
@@ -179,23 +179,18 @@ def test_dead_input_channels_do_not_break_the_search() -> None:
         assert bool((found.per_channel > 0).all())
 
 
-def _quantized(scaled: list[ScaledWeight], moment: Tensor) -> list[QuantizedLinear]:
-    return [quantize_linear(entry, Evidence(moment, None), replace(PLAN, clip="ends")) for entry in scaled]
-
-
-def test_fold_errors_are_the_summed_errors_in_the_originals_units() -> None:
+def test_row_errors_are_weighted_and_in_the_originals_units() -> None:
     weights, statistics = _weights(), _statistics(_inputs())
     moment = second_moment(statistics)
     s = _search(weights, statistics).per_channel
     row_scale = [torch.exp(torch.randn(len(weight))) for weight in weights]
     row_weights = [torch.rand(len(weight)) for weight in weights]
     scaled = [ScaledWeight(weight, weight, s, rows) for weight, rows in zip(weights, row_scale, strict=True)]
-    linears = _quantized(scaled, moment)
-    plain, chosen = fold_errors(linears, scaled, row_weights, [moment] * len(linears))
-    expected = [0.0, 0.0]
-    for weight, entry, linear, rows in zip(weights, scaled, linears, row_weights, strict=True):
-        for side, candidate in enumerate((plain_weight(entry, PLAN), linear.restored)):
-            error = (candidate - weight).double()
-            expected[side] += float(((error @ moment.double()) * error).sum(dim=1) @ rows.double())
-    torch.testing.assert_close((plain, chosen), tuple(expected), rtol=1e-3, atol=0)
-    assert chosen < plain
+    for weight, entry, rows in zip(weights, scaled, row_weights, strict=True):
+        linear = quantize_linear(entry, Evidence(moment, None), replace(PLAN, clip="ends"), fold_weight=rows)
+        expected = [
+            float(((error @ moment.double()) * error).sum(dim=1) @ rows.double())
+            for error in ((each - weight).double() for each in (plain_weight(entry, PLAN), linear.restored))
+        ]
+        torch.testing.assert_close(linear.row_errors, tuple(expected), rtol=1e-3, atol=0)
+        assert expected[1] < expected[0]

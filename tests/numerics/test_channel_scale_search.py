@@ -205,9 +205,9 @@ def test_inputs_of_the_search_stay_as_they_are() -> None:
 
 def test_the_best_candidate_of_a_unit_is_judged_on_the_sum_of_its_groups() -> None:
     errors = torch.tensor([[5.0, 5.0, 1.0], [1.0, 8.0, 2.0], [4.0, 4.0, 3.0]])
-    assert best_per_unit(errors, torch.tensor([0, 0, 1])).tolist() == [2, 0]
-    assert best_per_unit(errors, torch.tensor([0, 1, 2])).tolist() == [1, 2, 0]
+    assert best_per_unit(errors, torch.tensor([0, 0, 1]), 2).tolist() == [2, 0]
+    assert best_per_unit(errors, torch.tensor([0, 1, 2]), 3).tolist() == [1, 2, 0]
 
 
 def test_a_tie_goes_to_the_identity() -> None:
-    assert best_per_unit(torch.tensor([[2.0, 3.0], [2.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1])).tolist() == [0, 1]
+    assert best_per_unit(torch.tensor([[2.0, 3.0], [2.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1]), 2).tolist() == [0, 1]

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from awqkit.kernels.replay import constants
+
 ROWS_PER_PROGRAM = 64
 # Adding and subtracting 1.5 · 2²³ rounds a float32 of small size to the nearest whole number, ties to even
 _ROUND = tl.constexpr(12582912.0)
@@ -168,7 +170,7 @@ def clip_ratios(
     ratio_low = torch.empty(groups, rows, device=grouped.device)
     ratio_high = torch.empty_like(ratio_low)
     _clip_kernel[(groups, triton.cdiv(rows, ROWS_PER_PROGRAM))](
-        grouped, group_weights, torch.tensor(ratios, device=grouped.device), ratio_low, ratio_high, rows, len(ratios),
+        grouped, group_weights, constants(tuple(ratios), grouped.device), ratio_low, ratio_high, rows, len(ratios),
         **_choices(group_weights, bits, symmetric, stored_dtype), SWEEPS=sweeps,
         GROUP=group_size, ROWS=ROWS_PER_PROGRAM, num_warps=4,
     )  # fmt: skip

@@ -65,6 +65,11 @@ class Evidence:
     strength: float = 0.0
     raised: str | None = None
 
+    @property
+    def bare(self) -> Evidence:
+        """What rounding is judged by, and nothing else."""
+        return Evidence(self.moment, self.metric)
+
     def target(self, weight: Tensor, reader: int = 0, rows: slice = _ALL) -> Tensor:
         """The rows of a weight `[out, in]` to aim at: W + β W T. reader: its place among those it was made for."""
         if self.targets is not None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from awqkit.decisions import ALPHA_POINTS, AlphaSummary
+from awqkit.kernels.replay import Replays, called
 from awqkit.methods.evidence import Evidence, Readers
-from awqkit.methods.linear import QuantizedLinear, ScaledWeight, group_weights, plain_weight
+from awqkit.methods.linear import ScaledWeight, group_weights
 from awqkit.methods.plan import LinearPlan
 from awqkit.numerics.activations import token_rounding_error
 from awqkit.numerics.channel_scale import (
+    IDENTITY,
     Candidate,
     best_per_unit,
     candidates,
@@ -21,10 +23,11 @@ from awqkit.numerics.channel_scale import (
     search_units,
     smooth_candidates,
     tied_mean,
+    tries,
 )
 from awqkit.numerics.histogram import counts_at
-from awqkit.numerics.output_error import moment_diagonal, summed_error, weighted_error
-from awqkit.numerics.statistics import Statistics, second_moment
+from awqkit.numerics.output_error import moment_diagonal, weighted_error
+from awqkit.numerics.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +50,45 @@ class ScaleChoices:
 
 
 @dataclass(frozen=True, slots=True)
+class Units:
+    """Which channels take one candidate together: the number of the unit of every group `[groups]` and of every input
+    channel `[in]`, int64, and how many units there are.
+    """
+
+    of_group: Tensor
+    of_channel: Tensor
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tied:
-    """Which producer channel every input channel reads: `channel_of` `[in]` int64, −1 where s must stay 1."""
+    """Which producer channel every input channel reads: `channel_of` `[in]` int64, −1 where s must stay 1.
+
+    What follows from it alone is found once, for all blocks of a kind.
+    """
 
     channel_of: Tensor
     num_producer_channels: int
+    _units: dict[tuple[int, bool], Units] = field(default_factory=dict, repr=False, compare=False)
+    _in_order: list[bool] = field(default_factory=list, repr=False, compare=False)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """`values` `[in]` averaged over the input channels of one producer channel."""
-        return tied_mean(values, self.channel_of, self.num_producer_channels)
+    def units(self, group_size: int, *, by_layer: bool = False) -> Units:
+        """See `numerics.channel_scale.search_units`; by_layer: all channels are one."""
+        key = (group_size, by_layer)
+        if key not in self._units:
+            of_group = search_units(self.channel_of, self.num_producer_channels, group_size)
+            if by_layer:
+                of_group = torch.zeros_like(of_group)
+            of_channel = of_group.repeat_interleave(group_size)
+            self._units[key] = Units(of_group, of_channel, int(of_group.max()) + 1)
+        return self._units[key]
+
+    def scale(self, per_channel: Tensor) -> Tensor:
+        """`consumer_scale` of s per producer channel; the given tensor itself where channels are read in order."""
+        if not self._in_order:
+            own = torch.arange(self.num_producer_channels, device=self.channel_of.device)
+            self._in_order.append(torch.equal(self.channel_of, own))
+        return per_channel if self._in_order[0] else consumer_scale(per_channel, self.channel_of)
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of `values` `[in]` ≥ 0 over the input channels of one producer channel; −1 gives 1."""
@@ -71,37 +104,51 @@ def _conditional(statistics: Statistics, evidence: Evidence) -> Tensor:
 
 
 IMPORTANCE: dict[str, Callable[[Statistics, Evidence], Tensor]] = {
-    "square": lambda statistics, evidence: moment_diagonal(second_moment(statistics)),
+    "square": lambda statistics, evidence: moment_diagonal(statistics.gram) / (statistics.weight_sum or 1.0),
     "mean-abs": lambda statistics, evidence: statistics.mean_abs.square(),
     "conditional": _conditional,
 }
 
 
 def search_channel_scale(
-    readers: Readers, statistics: Statistics, evidence: Evidence, tied: Tied, plan: LinearPlan, choices: ScaleChoices
+    readers: Readers,
+    statistics: Statistics,
+    evidence: Evidence,
+    tied: Tied,
+    plan: LinearPlan,
+    choices: ScaleChoices,
+    replays: Replays | None = None,
 ) -> ChannelScale:
     """The s that minimises the consumers' summed error.
 
     readers: the consumers, unscaled. statistics, evidence: of their input on the original stream. plan: any consumer's
-    (they share a grid's choices).
+    (they share a grid's choices). replays: by which the search may be replayed.
     """
-    search = _search_smoothing if choices.channel_scale == "smooth" else _search_families
-    return search(readers, statistics, evidence, tied, plan, choices)
+    if choices.channel_scale == "smooth":
+        return _search_smoothing(readers, statistics, evidence, tied, plan, choices)
+    importance = IMPORTANCE[choices.importance](statistics, evidence)
+    units = tied.units(plan.group_size, by_layer=choices.alpha_search == "layer")
+    given = (readers, importance, evidence.bare, tied.channel_of, tied.num_producer_channels, units)
+    found = called(replays, best_of_families, *given, plan.nameless, choices)
+    return _read(tries(choices.families), found)
 
 
-def _search_families(
-    readers: Readers, statistics: Statistics, evidence: Evidence, tied: Tied, plan: LinearPlan, choices: ScaleChoices
-) -> ChannelScale:
-    """AWQ and what measured better: each search unit takes the best α of the best family."""
-    importance = tied.mean(IMPORTANCE[choices.importance](statistics, evidence))
-    column_rms = tied.mean(readers.column_energy).sqrt()
-    by_layer = choices.alpha_search == "layer"
-    unit_of_group = search_units(tied.channel_of, tied.num_producer_channels, plan.group_size)
-    if by_layer:
-        unit_of_group = torch.zeros_like(unit_of_group)
-    unit_of_channel = unit_of_group.repeat_interleave(plan.group_size)
-    tried = candidates(importance, column_rms, tied.channel_of, unit_of_channel, choices.families)
-    on_full_moment = by_layer and plan.error_weight == "moment"
+def best_of_families(
+    readers: Readers,
+    importance: Tensor,
+    evidence: Evidence,
+    channel_of: Tensor,
+    num_producer_channels: int,
+    units: Units,
+    plan: LinearPlan,
+    choices: ScaleChoices,
+) -> SearchedScale:
+    """AWQ and what measured better: each search unit takes the best α of the best family. Nobody looks at it yet, and
+    nothing waits for the device. importance: `[in]`. Otherwise as `search_channel_scale` and `Tied` have it.
+    """
+    energies = [tied_mean(each, channel_of, num_producer_channels) for each in (importance, readers.column_energy)]
+    tried = candidates(energies[0], energies[1].sqrt(), channel_of, units.of_channel, choices.families)
+    on_full_moment = choices.alpha_search == "layer" and plan.error_weight == "moment"
     errors = rounding_errors(
         torch.cat(readers.weights),
         group_weights(evidence.moment, evidence.metric, plan),
@@ -111,8 +158,8 @@ def _search_families(
         full_moment=evidence.moment if on_full_moment else None,
         **plan.grid_choices,
     )
-    best = best_per_unit(errors, unit_of_group[:1] if on_full_moment else unit_of_group)
-    return _chosen(tried, best, unit_of_channel, tied)
+    best = best_per_unit(errors, units.of_group[:1] if on_full_moment else units.of_group, units.count)
+    return _searched(tried, best, units.of_channel, channel_of, num_producer_channels)
 
 
 def _search_smoothing(
@@ -127,8 +174,10 @@ def _search_smoothing(
         choices.smooth_alpha,
     )
     unit_of_channel = torch.zeros_like(tied.channel_of)
+    channels = tied.channel_of, tied.num_producer_channels
+    names = [(candidate.family, candidate.alpha) for candidate in tried]
     if choices.smooth_alpha is not None:
-        return _chosen(tried, unit_of_channel[:1], unit_of_channel, tied)
+        return _read(names, _searched(tried, unit_of_channel[:1], unit_of_channel, *channels))
     errors = rounding_errors(
         weight,
         group_weights(evidence.moment, evidence.metric, plan),
@@ -140,16 +189,27 @@ def _search_smoothing(
     )
     for index, candidate in enumerate(tried):
         errors[index] += token_rounding_error(weight, statistics.sample, candidate.channel_scale, readers.row_weight)
-    return _chosen(tried, best_per_unit(errors, unit_of_channel[:1]), unit_of_channel, tied)
+    best = best_per_unit(errors, unit_of_channel[:1], 1)
+    return _read(names, _searched(tried, best, unit_of_channel, *channels))
 
 
-def _chosen(tried: Sequence[Candidate], best: Tensor, unit_of_channel: Tensor, tied: Tied) -> ChannelScale:
+@dataclass(frozen=True, slots=True)
+class SearchedScale:
+    """s per producer channel. figures: its extremes, then the number of every unit's best candidate; float64."""
+
+    per_channel: Tensor
+    figures: Tensor
+
+
+def _searched(
+    tried: Sequence[Candidate], best: Tensor, unit_of_channel: Tensor, channel_of: Tensor, num_producer_channels: int
+) -> SearchedScale:
     scale = torch.stack([candidate.channel_scale for candidate in tried])
     chosen = scale.gather(0, best[unit_of_channel].unsqueeze(0)).squeeze(0)
     # a place more, which −1 stands for
-    per_channel = torch.ones(tied.num_producer_channels + 1, device=scale.device)
-    per_channel = per_channel.scatter_(0, tied.channel_of % len(per_channel), chosen)[:-1]
-    return ChannelScale(per_channel, _summary(tried, best, per_channel))
+    per_channel = torch.ones(num_producer_channels + 1, device=scale.device)
+    per_channel = per_channel.scatter_(0, channel_of % len(per_channel), chosen)[:-1]
+    return SearchedScale(per_channel, torch.cat([torch.stack(per_channel.aminmax()).double(), best.double()]))
 
 
 def consumer_scale(per_channel: Tensor, channel_of: Tensor) -> Tensor:
@@ -158,17 +218,15 @@ def consumer_scale(per_channel: Tensor, channel_of: Tensor) -> Tensor:
     return torch.where(channel_of >= 0, scale, torch.ones_like(scale))
 
 
-def _summary(tried: Sequence[Candidate], best: Tensor, per_channel: Tensor) -> AlphaSummary:
-    won = [tried[index] for index in best.tolist()]
-    scale_min, scale_max = torch.stack(per_channel.aminmax()).tolist()
-    scaled = [candidate for candidate in won if candidate.family != "identity"]
-    alphas = sorted(candidate.alpha for candidate in scaled)
-    families = {
-        name: sum(candidate.family == name for candidate in scaled) for name in sorted({c.family for c in scaled})
-    }
-    return AlphaSummary(
-        num_units=len(won),
-        num_identity=len(won) - len(scaled),
+def _read(tried: Sequence[tuple[str, float]], found: SearchedScale) -> ChannelScale:
+    """With one look at the device. tried: family and α of every candidate."""
+    scale_min, scale_max, *best = found.figures.tolist()
+    scaled = [tried[int(index)] for index in best if tried[int(index)][0] != IDENTITY]
+    alphas, names = sorted(alpha for _, alpha in scaled), [family for family, _ in scaled]
+    families = {name: names.count(name) for name in sorted(set(names))}
+    summary = AlphaSummary(
+        num_units=len(best),
+        num_identity=len(best) - len(scaled),
         families=families,
         alpha_min=alphas[0] if alphas else None,
         alpha_median=alphas[len(alphas) // 2] if alphas else None,
@@ -177,6 +235,7 @@ def _summary(tried: Sequence[Candidate], best: Tensor, per_channel: Tensor) -> A
         scale_max=scale_max,
         counts=counts_at(torch.tensor(alphas), ALPHA_POINTS),
     )
+    return ChannelScale(found.per_channel, summary)
 
 
 def scale_costs(readers: Readers, evidence: Evidence, scales: Sequence[Tensor], plan: LinearPlan) -> list[float]:
@@ -200,29 +259,10 @@ def storage_cost(
     return weighted_error(stored / channel_scale - weight, moment, row_weight)
 
 
-def fold_errors(
-    consumers: Sequence[QuantizedLinear],
-    scaled: Sequence[ScaledWeight],
-    row_weights: Sequence[Tensor],
-    moments: Sequence[Tensor],
-) -> tuple[float, float]:
-    """The consumers' summed, row-weighted errors on H: of plain rounding at s = 1, and of what was chosen.
-
-    moments: H (as `numerics.output_error` takes it) of the input that each gets, in the original's units. Both are
-    measured from the weight aimed at; the rows' own division r is the same on both sides.
-    """
-    plain, chosen = 0.0, 0.0
-    for linear, weight, row_weight, moment in zip(consumers, scaled, row_weights, moments, strict=True):
-        both = (plain_weight(weight, linear.plan), linear.restored)
-        errors = torch.stack([summed_error(each - weight.target, moment, row_weight) for each in both]).tolist()
-        plain, chosen = plain + errors[0], chosen + errors[1]
-    return plain, chosen
-
-
 def smoothing_errors(
     scaled: Sequence[ScaledWeight], row_weights: Sequence[Tensor], samples: Sequence[Tensor]
 ) -> tuple[float, float]:
-    """What rounding the input per token adds to `fold_errors`: at s = 1, and at the chosen s.
+    """What rounding the input per token adds to the consumers' row-weighted errors: at s = 1, and at the chosen s.
 
     samples: tokens of what each reads, `[tokens, in]`.
     """

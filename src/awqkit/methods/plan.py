@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,11 @@ class LinearPlan:
     def grid_choices(self) -> dict[str, object]:
         """The keyword arguments that every grid function takes."""
         return {"bits": self.bits, "symmetric": self.symmetric, "stored_dtype": self.stored_dtype}
+
+    @property
+    def nameless(self) -> LinearPlan:
+        """The same for every linear that the same is to be done with."""
+        return replace(self, name="")
 
     @property
     def needs_factor(self) -> bool:

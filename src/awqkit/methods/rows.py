@@ -12,7 +12,6 @@ rounded alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -38,13 +37,12 @@ def sensitive_rounder(sensitivity: Tensor) -> Rounder:
 def _round_row_blocks(rows: RoundingMetric, scaled: ScaledWeight, evidence: Evidence, plan: LinearPlan) -> Rounded:
     order, factor = rows.order, rows.factor
     remaining = scaled.target[order]
-    row_scale = scaled.row_scale[order]
     parts: list[Rounded] = []
     at_once = max(ROWS_AT_ONCE, -(-len(order) // MOST_BLOCKS))
     for start in range(0, len(order), at_once):
         end = min(start + at_once, len(order))
         target = remaining[start:end]
-        block = replace(scaled, original=target, target=target, row_scale=row_scale[start:end])
+        block = scaled.of_rows(target, order[start:end])
         rounded = round_rows_alike(block, evidence, plan)
         parts.append(rounded)
         if end < len(order):
@@ -66,6 +64,13 @@ def joined_rows(parts: Sequence[Rounded], order: Tensor) -> Rounded:
         torch.cat([part.quantized.grid.group_zero for part in parts])[back],
     )
     codes = torch.cat([part.quantized.codes for part in parts])[back]
-    clip_mean = sum(part.clip_mean * len(part.quantized.codes) for part in parts) / len(order)
-    clip_counts = tuple(map(sum, zip(*(part.clip_counts for part in parts), strict=True)))
-    return Rounded(QuantizedWeight(codes, joined), clip_mean, clip_counts)
+    return Rounded(QuantizedWeight(codes, joined), _joined_range(parts, len(order)))
+
+
+def _joined_range(parts: Sequence[Rounded], num_rows: int) -> Tensor | None:
+    ranges = [part.kept_range for part in parts if part.kept_range is not None]
+    if not ranges:
+        return None
+    means = (each[:1] * len(part.quantized.codes) for each, part in zip(ranges, parts, strict=True))
+    mean = sum(means, start=torch.zeros_like(ranges[0][:1])) / num_rows
+    return torch.cat([mean, torch.stack(ranges)[:, 1:].sum(dim=0)])

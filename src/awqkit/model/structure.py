@@ -52,7 +52,8 @@ class Fold:
     kind: "norm" (a vector that multiplies), "offset norm" (a vector w that multiplies as 1 + w), "rows" (the output
     rows of a linear). producer: names of the parameters that are divided. offset: which of them is the w of 1 + w.
     producer_linear: the linear of kind "rows". consumers: linears by name. channel_of: consumer -> `[in]` int64, the
-    producer channel of each input channel, −1 where s must stay 1.
+    producer channel of each input channel, −1 where s must stay 1. read: which of the producer's channels a consumer
+    reads, bool `[producer channels]`; s is 1 for every other.
     """
 
     kind: str
@@ -62,15 +63,14 @@ class Fold:
     num_channels: int
     consumers: tuple[str, ...]
     channel_of: Mapping[str, Tensor]
+    read: Tensor = field(init=False, repr=False, compare=False)
 
-    @property
-    def read(self) -> Tensor:
-        """Which of the producer's channels a consumer reads, bool `[producer channels]`; s is 1 for every other."""
+    def __post_init__(self) -> None:
         first = next(iter(self.channel_of.values()))
         found = torch.zeros(self.num_channels + 1, dtype=torch.bool, device=first.device)
         for channel_of in self.channel_of.values():
             found.index_fill_(0, channel_of % (self.num_channels + 1), True)  # −1 fills a place more
-        return found[:-1]
+        object.__setattr__(self, "read", found[:-1])
 
     def why_not_together(self, consumers: Sequence[str]) -> str | None:
         """Why no one s can be searched for these of its consumers, or None: they read its channels in other orders."""

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from awqkit.kernels.group_search import scale_errors, takes
+from awqkit.kernels.replay import constants
 from awqkit.numerics.grid_tries import TileGrid, spanned, tile_error_, tile_of, tile_range, tile_row_errors_
 from awqkit.numerics.tiles import group_tiles, row_tiles
 
 ALPHAS = tuple(step / 20 for step in range(21))
+IDENTITY = "identity"
 _SMALLEST_SHARE = 1e-9  # of the largest importance: keeps a dead channel's s finite
 
 
@@ -73,6 +75,19 @@ def _summed(values: Tensor, place: Tensor, num_places: int) -> Tensor:
     return total.index_add_(1, place, values.double()).to(values.dtype)
 
 
+def tries(families: Sequence[str]) -> list[tuple[str, float]]:
+    """Family and α of every one of `candidates`, the identity first."""
+    return [
+        (IDENTITY, 0.0),
+        *(
+            (family, alpha)
+            for family in families
+            for alpha in ALPHAS
+            if family == "duo" or alpha > 0.0  # importance^0 is the identity again
+        ),
+    ]
+
+
 def candidates(
     importance: Tensor, column_rms: Tensor, channel_of: Tensor, unit_of_channel: Tensor, families: Sequence[str]
 ) -> list[Candidate]:
@@ -80,18 +95,14 @@ def candidates(
 
     importance, column_rms: `[in]` float32 ≥ 0, already tied; unit_of_channel: `[in]` int64.
     """
-    tried = [
-        (family, alpha)
-        for family in families
-        for alpha in ALPHAS
-        if family == "duo" or alpha > 0.0  # importance^0 is the identity again
-    ]
-    shares = [1 - alpha if family == "duo" else 0.0 for family, alpha in tried]
-    alphas, shares = importance.new_tensor([[alpha / 2 for _, alpha in tried], shares]).unsqueeze(-1)
+    identity, *tried = tries(families)
+    halves = tuple(alpha / 2 for _, alpha in tried)
+    rest = tuple(1 - alpha if family == "duo" else 0.0 for family, alpha in tried)
+    alphas, shares = (constants(each, importance.device).unsqueeze(-1) for each in (halves, rest))
     energy, column = _positive(importance).log(), _positive(column_rms).log()
     scales = _normalised(energy * alphas - column * shares, channel_of, unit_of_channel)
-    identity = Candidate("identity", 0.0, torch.ones_like(importance))
-    return [identity, *(Candidate(*which, scale) for which, scale in zip(tried, scales, strict=True))]
+    unscaled = Candidate(*identity, torch.ones_like(importance))
+    return [unscaled, *(Candidate(*which, scale) for which, scale in zip(tried, scales, strict=True))]
 
 
 def smooth_candidates(max_abs: Tensor, column_max: Tensor, channel_of: Tensor, alpha: float | None) -> list[Candidate]:
@@ -102,7 +113,7 @@ def smooth_candidates(max_abs: Tensor, column_max: Tensor, channel_of: Tensor, a
     activation, column = _positive(max_abs).log(), _positive(column_max).log()
     strengths = ALPHAS if alpha is None else (alpha,)
     logs = torch.stack([activation * strength - column * (1 - strength) for strength in strengths])
-    found = [] if alpha is not None else [Candidate("identity", 0.0, torch.ones_like(max_abs))]
+    found = [] if alpha is not None else [Candidate(IDENTITY, 0.0, torch.ones_like(max_abs))]
     for strength, scale in zip(strengths, _normalised(logs, channel_of, torch.zeros_like(channel_of)), strict=True):
         found.append(Candidate("smooth", strength, scale))
     return found
@@ -187,14 +198,12 @@ def _tile_errors(
     return found
 
 
-def best_per_unit(errors: Tensor, unit_of_group: Tensor) -> Tensor:
+def best_per_unit(errors: Tensor, unit_of_group: Tensor, num_units: int) -> Tensor:
     """The index of the best candidate of every unit, `[units]`; the earlier one wins a tie, so the identity does.
 
-    errors: `[candidates, groups]`, unit_of_group: `[groups]` int64.
+    errors: `[candidates, groups]`, unit_of_group: `[groups]` int64 below `num_units`.
     """
-    units = int(unit_of_group.max()) + 1
-    summed = _summed(errors, unit_of_group, units)
-    return summed.argmin(dim=0)
+    return _summed(errors, unit_of_group, num_units).argmin(dim=0)
 
 
 def exact_under_storage(gain: Tensor, channel_scale: Tensor, stored_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from awqkit.kernels.group_search import clip_ratios, takes
+from awqkit.kernels.replay import constants
 from awqkit.numerics.grid_tries import TileGrid, spanned, tile_error_, tile_range, tile_row_errors_
 from awqkit.numerics.tiles import group_tiles
 
@@ -70,7 +71,7 @@ class _EndSearch:
 
     def sweep(self, *, move_low: bool, move_high: bool) -> None:
         """Try 20 ratios below 1 for the chosen ends, the other end held; keep what is better."""
-        ratios = torch.tensor(RATIOS, device=self._low.device).reshape(-1, 1, 1)
+        ratios = constants(RATIOS, self._low.device).reshape(-1, 1, 1)
         low = self._low * (ratios if move_low else self.ratio_low.expand(NUM_STEPS, -1, -1))
         high = self._high * (ratios if move_high else self.ratio_high.expand(NUM_STEPS, -1, -1))
         error, index = self._errors(low, high).min(dim=0)

@@ -9,6 +9,8 @@ diagonal blocks of one group each, which drops the correlations between groups. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,10 +63,19 @@ def summed_error(error: Tensor, moment: Tensor, row_weight: Tensor | None = None
 
     row_weight: r `[out]`, G `[out, out]`, or None: all ones.
     """
-    if row_weight is not None and row_weight.dim() == 2:
-        return (row_weight * (error @ moment @ error.t())).sum().clamp_(min=0.0)
-    rows = row_errors(error, moment)
-    return rows.sum() if row_weight is None else (rows * row_weight).sum()
+    return summed_errors(error, moment, [row_weight])[0]
+
+
+def summed_errors(error: Tensor, moment: Tensor, row_weights: Sequence[Tensor | None]) -> list[Tensor]:
+    """`summed_error` by each of several weights of the rows, the rows' own errors computed once."""
+    found, rows = [], None
+    for weight in row_weights:
+        if weight is not None and weight.dim() == 2:
+            found.append((weight * (error @ moment @ error.t())).sum().clamp_(min=0.0))
+            continue
+        rows = row_errors(error, moment) if rows is None else rows
+        found.append(rows.sum() if weight is None else (rows * weight).sum())
+    return found
 
 
 def weighted_error(error: Tensor, moment: Tensor, row_weight: Tensor | None = None) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from awqkit.kernels.precision import full_precision
+from awqkit.kernels.replay import may_look
 from awqkit.numerics.grid import QuantizedWeight, dequantize
 from awqkit.numerics.rounding_metric import RoundingMetric
 from awqkit.numerics.tiles import products_at_once
@@ -59,7 +60,8 @@ def _scale_changes(
     # a group of zeros has no vertex: its own equation becomes "no change"
     ridge = torch.where(diagonal > 0, _RIDGE * diagonal, torch.ones_like(diagonal))
     factor, failed = torch.linalg.cholesky_ex(curvature + torch.diag_embed(ridge))
-    vertex = group_scale - torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+    halfway = torch.linalg.solve_triangular(factor, slope.unsqueeze(-1), upper=False)
+    vertex = group_scale - torch.linalg.solve_triangular(factor.mT, halfway, upper=True).squeeze(-1)
     stored = vertex.to(stored_dtype).to(torch.float32)
     # a Δ of another sign or size is no refit: codes and zero point would no longer mean the same range
     sound = (stored > 0.25 * group_scale) & (stored < 4.0 * group_scale) & (failed == 0).unsqueeze(-1)
@@ -85,15 +87,16 @@ def _shifted_zeros(group_zero: Tensor, group_scale: Tensor, pull: Tensor, sums: 
     pull: 1 · R_g, `[out, groups]`; sums: 1 H_gk 1ᵀ, `[groups, groups]`. All weights of a group move alike, so nothing
     of the size of the weight is looked at.
     """
+    groups = torch.arange(sums.shape[0], device=sums.device)
     weight_of_group = sums.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
     for _ in range(sums.shape[0]):
         shift = (pull / (group_scale * weight_of_group)).round_()
         shift = torch.minimum(torch.maximum(shift, -group_zero), top - group_zero)
         move = shift * group_scale
         gain, best = (move * (move * weight_of_group - 2.0 * pull)).min(dim=1)
-        if not bool((gain < 0).any()):
+        if may_look() and not bool((gain < 0).any()):
             break
-        chosen = torch.nn.functional.one_hot(best, sums.shape[0]) * (gain < 0).unsqueeze(-1)
+        chosen = (best.unsqueeze(-1) == groups) & (gain < 0).unsqueeze(-1)
         group_zero = group_zero + shift * chosen
         with full_precision():
             pull = pull - (move * chosen) @ sums

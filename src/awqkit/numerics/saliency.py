@@ -23,11 +23,23 @@ _MAX_ROWS = 512
 
 
 def saliency_shares(error: Tensor, moment: Tensor, channel_shares: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    """(share of channels, share of the output error that they carry) for each of `channel_shares`.
+    """(share of channels, share of the output error that they carry) for each of `channel_shares`: `saliency_sums`."""
+    return shares_of_sums(saliency_sums(error, moment, channel_shares).tolist(), channel_shares)
+
+
+def shares_of_sums(sums: Sequence[float], channel_shares: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """Of `saliency_sums` as numbers. A share can be negative, where errors cancel; it is 0 where there is no error."""
+    total, *removed = sums
+    if total <= 0.0:
+        return tuple((share, 0.0) for share in channel_shares)
+    return tuple((share, each / total) for share, each in zip(channel_shares, removed, strict=True))
+
+
+def saliency_sums(error: Tensor, moment: Tensor, channel_shares: Sequence[float]) -> Tensor:
+    """tr(E H Eᵀ), and what of it is gone without the errors of S, for each of `channel_shares`, float64.
 
     error: E = Ŵ − W float32 `[out, in]`; where it has many rows, some hundred evenly spaced ones are looked at.
-    moment: H as `output_error` takes it, float32. S are the ⌈share · in⌉ channels with the largest H_jj = E[x_j²]. A
-    share of the error can be negative, where the errors of S cancel those of others; it is 0 where there is no error.
+    moment: H as `output_error` takes it, float32. S are the ⌈share · in⌉ channels with the largest H_jj = E[x_j²].
     """
     rows = error[:: math.ceil(error.shape[0] / _MAX_ROWS)]
     felt = pushed(rows, moment)
@@ -39,7 +51,5 @@ def saliency_shares(error: Tensor, moment: Tensor, channel_shares: Sequence[floa
     # the first so many salient channels
     once = (felt[:, salient] * alone).sum(dim=0).double().cumsum(0)
     twice = ((alone.t() @ alone) * moment_among(moment, salient)).double().cumsum(0).cumsum(1).diagonal()
-    total, *removed = torch.cat([(felt * rows).sum().double().reshape(1), 2 * once - twice]).tolist()
-    if total <= 0.0:
-        return tuple((share, 0.0) for share in channel_shares)
-    return tuple((share, removed[count - 1] / total) for share, count in zip(channel_shares, counts, strict=True))
+    removed = 2 * once - twice
+    return torch.stack([(felt * rows).sum().double(), *(removed[count - 1] for count in counts)])

@@ -33,19 +33,8 @@ def scale_summary(channel_scale: Tensor, log2_points: Sequence[float]) -> ScaleS
     log2_counts: channels by the point of `log2_points` that is nearest to log2 s_j, see `counts_at`.
     """
     scale = channel_scale.flatten().to("cpu", torch.float64)
-    mean = scale.mean()
-
-    def share(chosen: Tensor) -> float:
-        return float(chosen.to(torch.float64).mean())
-
-    return ScaleShape(
-        mean=float(mean),
-        min=float(scale.min()),
-        max=float(scale.max()),
-        std=float(scale.std(correction=0)),
-        max_over_mean=float(scale.max() / mean),
-        share_above_5x=share(scale > 5 * mean),
-        share_above_2x=share(scale > 2 * mean),
-        share_below_half=share(scale < mean / 2),
-        log2_counts=counts_at(scale.log2(), log2_points),
-    )
+    mean, (least, largest) = scale.mean(), scale.aminmax()
+    parts = torch.stack([scale > 5 * mean, scale > 2 * mean, scale < mean / 2]).sum(dim=1)
+    figures = torch.stack([mean, least, largest, scale.std(correction=0), largest / mean]).tolist()
+    shares = (count / len(scale) for count in parts.tolist())
+    return ScaleShape(*figures, *shares, log2_counts=counts_at(scale.log2(), log2_points))

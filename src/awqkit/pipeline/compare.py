@@ -20,6 +20,7 @@ from awqkit.methods.tuning import TunableGain, TunableLinear
 from awqkit.model.block_calls import hand_on
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
+from awqkit.pipeline.across_blocks import AcrossBlocks
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.block_memory import block_memory, fitting_experts
 from awqkit.pipeline.block_step import (
@@ -124,6 +125,7 @@ class _Course:
     tuning: Mapping[_TuningKind, TuningStart]
     clock: StageClock
     experts_at_once: int | None
+    across: AcrossBlocks = field(default_factory=AcrossBlocks)
 
 
 def compare_recipes(
@@ -151,6 +153,7 @@ def compare_recipes(
             emit(BlockFinished(index, skeleton.num_blocks, time.monotonic() - started, None, None, undone))
             emit(TaskAdvanced(_TASK, index + 1))
         emit(TaskFinished(_TASK))
+        course.across.replays.let_go()
         for lane in course.lanes:
             if lane.tunes:
                 _tune(course, lane, emit)
@@ -269,6 +272,7 @@ def _one_block(course: _Course, block: nn.Module, index: int, tell: Callable[[st
                 parameters,
                 alone,
                 experts_at_once=course.experts_at_once,
+                across=course.across,
             )
         )
     refuse_non_finite(contexts[0])

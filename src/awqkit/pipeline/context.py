@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from awqkit.model.matrices import matrix_of
 from awqkit.model.skeleton import Skeleton
 from awqkit.model.structure import BlockStructure
+from awqkit.pipeline.across_blocks import AcrossBlocks
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.block_memory import BlockMemory, block_memory
 from awqkit.pipeline.end_gradients import EndGradients
@@ -67,7 +68,8 @@ class BlockContext:
     """One block with its weights in memory, and everything that was settled before.
 
     ranks: all that work on this block, each with its own rows, and with its own linears to quantize. experts_at_once:
-    of how many experts the statistics are in memory at a time, None for all of them.
+    of how many experts the statistics are in memory at a time, None for all of them. across: what is shared with the
+    other blocks of the run.
     """
 
     skeleton: Skeleton
@@ -78,6 +80,7 @@ class BlockContext:
     parameters: Mapping[str, Tensor]
     ranks: Ranks = field(default_factory=Ranks.alone)
     experts_at_once: int | None = None
+    across: AcrossBlocks = field(default_factory=AcrossBlocks)
 
     @property
     def index(self) -> int:

@@ -27,6 +27,7 @@ from awqkit.formats.format import Format
 from awqkit.model.matrices import with_stacks_whole
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.grid import QuantizedWeight
+from awqkit.pipeline.across_blocks import AcrossBlocks
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.background_writes import BackgroundWrites
 from awqkit.pipeline.block_memory import BlockMemory, block_memory, fitting_experts, fitting_tokens
@@ -52,7 +53,10 @@ _TASK, _GRADIENT_TASK = "block", "gradient step"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that a run reads; nothing in it changes. experts_at_once: see `BlockContext`."""
+    """Everything that a run reads; nothing in it changes but what is found once for all blocks, in `across`.
+
+    experts_at_once, across: see `BlockContext`.
+    """
 
     source: TensorSource
     skeleton: Skeleton
@@ -63,6 +67,7 @@ class Run:
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks.alone)
     experts_at_once: int | None = None
+    across: AcrossBlocks = field(default_factory=AcrossBlocks)
 
     @property
     def memory(self) -> BlockMemory:
@@ -163,6 +168,7 @@ def run(
         writes.wait()
         clock.enter("")
     emit(TaskFinished(_TASK))
+    job.across.replays.let_go()
     if start is not None and streams is not None:
         clock.enter("tune")
         whole = streams_to_tune(ranks, streams)
@@ -191,6 +197,7 @@ def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None
         finally:
             job.skeleton.release_block(index)
         follow_block(ranks, streams)
+    job.across.replays.let_go()
     if tunes:
         streams_to_tune(ranks, streams)
 
@@ -269,7 +276,15 @@ def block_context(job: Run, index: int, block: nn.Module) -> BlockContext:
     parameters = {name: value.data for name, value in block.named_parameters()}
     plan, of_block = job.plan, job.plan.blocks[index]
     return BlockContext(
-        job.skeleton, plan, of_block, job.recipe, block, parameters, job.ranks, experts_at_once=job.experts_at_once
+        job.skeleton,
+        plan,
+        of_block,
+        job.recipe,
+        block,
+        parameters,
+        job.ranks,
+        experts_at_once=job.experts_at_once,
+        across=job.across,
     )
 
 
@@ -296,6 +311,7 @@ def _one_block(
 
     def smaller() -> int | None:
         job.skeleton.release_block(index)
+        job.across.replays.let_go()
         if streams is None:
             return None
         memory, rows = job.memory, streams.calibration.original

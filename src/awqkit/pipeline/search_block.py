@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -15,9 +15,7 @@ from awqkit.decisions import LOG2_SCALE_POINTS, FoldDecision, LinearDecision, Sc
 from awqkit.methods.evidence import Evidence, MetricChoices, Readers, original_evidence
 from awqkit.methods.fold import (
     ScaleChoices,
-    Tied,
     consumer_scale,
-    fold_errors,
     scale_costs,
     search_channel_scale,
     smoothing_errors,
@@ -27,6 +25,7 @@ from awqkit.methods.linear import (
     QuantizedLinear,
     RestoredLinear,
     Rounded,
+    Rounder,
     ScaledWeight,
     plain_weight,
     quantize_linear,
@@ -116,7 +115,8 @@ def restored_plainly(context: BlockContext) -> dict[str, RestoredLinear]:
     for name, plan in context.block_plan.linears.items():
         if plan.keep is None:
             scaled = ScaledWeight.unscaled(context.weight(name))
-            found[name] = RestoredLinear(scaled.channel_scale, plain_weight(scaled, plan))
+            plain = context.across.replays.call(plain_weight, scaled, plan.nameless)
+            found[name] = RestoredLinear(scaled.channel_scale, plain)
     return found
 
 
@@ -266,8 +266,8 @@ def _quantize_all(
         place = quantized_readers(context, entry).index
         for name in wanted:
             aimed = replace(scaled[name], target=evidence.target(scaled[name].original, place(name)))
-            made[name] = found = _quantize(context, aimed, evidence, measured, name, rounded.get(name))
-            errors = _consumer_errors(context, applied, aimed, found, evidence, measured, name)
+            made[name] = found = _quantize(context, applied, aimed, evidence, measured, name, rounded.get(name))
+            errors = _consumer_errors(context, applied, aimed, found, measured, name)
             is_known = name in rounded and found.quantized is rounded[name].quantized
             sent[name] = None if is_known else found.quantized, found.decision, errors
         return sent
@@ -301,8 +301,7 @@ def _round_in_parts(
     def work(name: str, entry: LinearInput, rows: slice) -> Rounded:
         evidence, whole = evidences[entry.first](), scaled[name]
         target = evidence.target(whole.original, quantized_readers(context, entry).index(name), rows)
-        part = ScaledWeight(whole.original[rows], target, whole.channel_scale, whole.row_scale[rows])
-        return round_rows_alike(part, evidence, context.block_plan.linears[name])
+        return round_rows_alike(whole.of_rows(target, rows), evidence, context.block_plan.linears[name])
 
     costs = [context.weight(name)[rows].numel() for name, _, rows in pieces]
     found: dict[str, list[Rounded]] = {}
@@ -332,27 +331,29 @@ def _arrived(
     return QuantizedLinear(context.block_plan.linears[name], quantized, scaled.channel_scale, restored, decision)
 
 
+def _is_asked(applied: Sequence[AppliedFold], name: str) -> bool:
+    """Whether a linear's errors count in a fold's."""
+    return any(each.in_use and name in each.fold.consumers for each in applied)
+
+
 def _consumer_errors(
     context: BlockContext,
     applied: Sequence[AppliedFold],
     scaled: ScaledWeight,
     linear: QuantizedLinear,
-    evidence: Evidence,
     measured: Measured,
     name: str,
 ) -> ConsumerErrors:
-    if not any(each.in_use and name in each.fold.consumers for each in applied):
-        return ConsumerErrors(0.0, 0.0)  # nobody asks
-    weights = row_weights_of(context, [name], measured)
-    errors = fold_errors([linear], [scaled], weights, [evidence.moment])
-    if context.recipe.activations == "none":
-        return ConsumerErrors(*errors)
+    if context.recipe.activations == "none" or not _is_asked(applied, name):
+        return ConsumerErrors(*linear.row_errors)
     sample = measured.statistics[context.structure.input_of(name).first].sample
-    return ConsumerErrors(*errors, *smoothing_errors([scaled], weights, [sample]))
+    weights = row_weights_of(context, [name], measured)
+    return ConsumerErrors(*linear.row_errors, *smoothing_errors([scaled], weights, [sample]))
 
 
 def _quantize(
     context: BlockContext,
+    applied: Sequence[AppliedFold],
     scaled: ScaledWeight,
     evidence: Evidence,
     measured: Measured,
@@ -360,17 +361,20 @@ def _quantize(
     rounded: Rounded | None = None,
 ) -> QuantizedLinear:
     """rounded: what clip, rounding and refinement have made of it already, if they have."""
-    if rounded is not None:
-        return quantize_linear(scaled, evidence, context.block_plan.linears[name], None, lambda *given: rounded)
-    row_weight = measured.row_weights.get(name)
+    plan, row_weight = context.block_plan.linears[name], measured.row_weights.get(name)
     sensitive = row_weight is not None and row_weight.dim() == 2
-    return quantize_linear(
-        scaled,
-        evidence,
-        context.block_plan.linears[name],
-        row_weight if sensitive else None,
-        sensitive_rounder(row_weight) if sensitive else round_rows_alike,
-    )
+    rounder: Rounder = round_rows_alike
+    if rounded is not None:
+        rounder = _given(rounded)
+    elif sensitive:
+        rounder = sensitive_rounder(row_weight)
+    fold_weight = row_weights_of(context, [name], measured)[0] if _is_asked(applied, name) else None
+    replays = context.across.replays if rounder is round_rows_alike else None
+    return quantize_linear(scaled, evidence, plan, row_weight if sensitive else None, rounder, fold_weight, replays)
+
+
+def _given(rounded: Rounded) -> Rounder:
+    return lambda *asked: rounded
 
 
 def _check_folds(
@@ -450,11 +454,12 @@ def _search(
         readers,
         statistics,
         evidence,
-        Tied(fold.channel_of[consumers[0]], fold.num_channels),
+        context.across.tied(fold, consumers[0]),
         context.block_plan.linears[consumers[0]],
         ScaleChoices(
             recipe.channel_scale, recipe.scale_families, recipe.importance, recipe.alpha_search, recipe.smooth_alpha
         ),
+        context.across.replays,
     )
     stored, kept_columns = _stored(context, fold, found.per_channel, readers, evidence, measured)
     scale = ScaleSummary(**scale_summary(stored.channel_scale, LOG2_SCALE_POINTS)._asdict())
@@ -518,15 +523,19 @@ def _scaled_weights(
     context: BlockContext, applied: Sequence[AppliedFold], names: Sequence[str]
 ) -> dict[str, ScaledWeight]:
     """The linears named, aiming at their own weights, with the s of every fold, in the order of the names."""
-    scaled = {name: ScaledWeight.unscaled(context.weight(name)) for name in names}
+    return {name: _scaled_weight(context, applied, name) for name in names}
+
+
+def _scaled_weight(context: BlockContext, applied: Sequence[AppliedFold], name: str) -> ScaledWeight:
+    weight, columns, rows = context.weight(name), list[Tensor](), list[Tensor]()
     for entry in applied:
-        for name in entry.fold.channel_of.keys() & scaled.keys():
-            scale = consumer_scale(entry.channel_scale, entry.fold.channel_of[name])
-            scaled[name] = replace(scaled[name], channel_scale=scaled[name].channel_scale * scale)
-        producer = entry.fold.producer_linear
-        if producer in scaled:
-            scaled[producer] = replace(scaled[producer], row_scale=scaled[producer].row_scale * entry.channel_scale)
-    return scaled
+        if name in entry.fold.channel_of:
+            columns.append(context.across.tied(entry.fold, name).scale(entry.channel_scale))
+        if name == entry.fold.producer_linear:
+            rows.append(entry.channel_scale)
+    if not columns:
+        columns.append(torch.ones(weight.shape[1], device=weight.device))
+    return ScaledWeight(weight, weight, reduce(torch.mul, columns), reduce(torch.mul, rows) if rows else None)
 
 
 def metric_choices(recipe: Recipe) -> MetricChoices:
