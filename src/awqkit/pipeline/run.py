@@ -119,7 +119,8 @@ def run(
     if rows is not None and job.recipe.tuning_epochs > 0:
         no_room = points.why_not_tuned(lambda: why_not_tuned(job.recipe, job.plan, job.device))
         if no_room is None:
-            start = start_tuning(job.skeleton, job.recipe.tuning, rows, held_out, job.device)
+            epochs = (job.recipe.tuning_epochs,)
+            start = start_tuning(job.skeleton, job.recipe.tuning, epochs, rows, held_out, job.device)
         else:
             emit(Caution(no_room))
             tuning = TuningDecision(0, None, None, no_room)
