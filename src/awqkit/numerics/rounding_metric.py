@@ -211,7 +211,7 @@ def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | No
         # all that can be wrong is asked of the device at once; of numbers with a NaN among them, both ends are NaN
         ends = (*torch.aminmax(size), *torch.aminmax(matrix.diagonal()), failed.to(size.dtype))
         smallest, largest, *others = torch.stack(ends).tolist()
-        if not (0 < smallest and largest < math.inf and others[-1] == 0 and all(map(math.isfinite, others))):
+        if not (smallest > 0 and largest < math.inf and others[-1] == 0 and all(map(math.isfinite, others))):
             return None
         matrix = _inverted_(matrix)
     matrix = matrix.flip(0, 1).div_(size[order])
