@@ -76,7 +76,9 @@ class TestPack:
     def test_other_scales_change_nothing_but_what_is_packed_of_scales(self) -> None:
         weight = quantize(random_weight(), 16, torch.bfloat16)
         moved = replace(weight, grid=replace(weight.grid, group_scale=2 * weight.grid.group_scale))
-        tensors = AWQ.pack("m", weight, SCHEME, torch.bfloat16) | AWQ.pack_scales("m", moved, SCHEME, torch.bfloat16)
+        changed = AWQ.pack_scales("m", moved, SCHEME, torch.bfloat16)
+        tensors = AWQ.pack("m", weight, SCHEME, torch.bfloat16) | changed
+        assert list(changed) == ["m.scales"]
         expected = AWQ.pack("m", moved, SCHEME, torch.bfloat16)
         assert list(tensors) == list(expected)
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)

@@ -90,7 +90,9 @@ class TestPack:
     def test_other_scales_change_nothing_but_what_is_packed_of_scales(self, scheme: Scheme) -> None:
         weight = quantized(scheme)
         moved = replace(weight, grid=replace(weight.grid, group_scale=2 * weight.grid.group_scale))
-        tensors = CT.pack("m", weight, scheme, torch.bfloat16) | CT.pack_scales("m", moved, scheme, torch.bfloat16)
+        changed = CT.pack_scales("m", moved, scheme, torch.bfloat16)
+        tensors = CT.pack("m", weight, scheme, torch.bfloat16) | changed
+        assert list(changed) == ["m.weight_scale"]
         expected = CT.pack("m", moved, scheme, torch.bfloat16)
         assert list(tensors) == list(expected)
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
