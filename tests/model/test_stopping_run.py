@@ -1,14 +1,18 @@
-"""A run that stops and goes on computes what it would have computed at once, on the thread that resumes it."""
+"""A run that stops and goes on computes what it would have computed at once, on a CPU on the thread that resumes it."""
 
 from __future__ import annotations
 
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from awqkit.model import stopping_run
 from awqkit.model.stopping_run import Finished, Stop, Stopped, StoppingRun
 
 
@@ -42,6 +46,50 @@ def test_functions_are_computed_by_whoever_resumes() -> None:
     with Seen():
         assert isinstance(StoppingRun(body).resume(), Finished)
     assert len(threads) >= 4 and set(threads) == {threading.get_ident()}
+
+
+def test_a_gpu_is_told_by_the_body_itself_of_all_but_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping_run, "_place", lambda device: nullcontext())
+    threads: dict[str, set[int]] = {}
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            threads.setdefault(str(function).split(".")[1], set()).add(threading.get_ident())
+            return function(*args, **(kwargs or {}))
+
+    def body(stop: Stop) -> torch.Tensor:
+        with Seen():  # here alone: modes are each thread's own
+            hidden = torch.ones(2, 3).mul(3.0)
+            stop(hidden)
+            return (F.linear(hidden, torch.ones(3, 3)) @ torch.ones(3, 2)).relu()
+
+    run = StoppingRun(body, torch.device("cuda"))
+    with Seen():
+        assert run.resume().value.tolist() == [[3, 3, 3]] * 2
+        last = run.resume()
+    assert isinstance(last, Finished) and last.value.tolist() == [[27, 27]] * 2
+    run.close()
+    own = threading.get_ident()
+    assert own not in threads["ones"] | threads["mul"] | threads["relu"]
+    assert set.union(*(threads[name] for name in threads if "mm" in name)) == {own}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_on_a_gpu_it_works_where_the_one_that_resumes_it_does() -> None:
+    stream, streams = torch.cuda.Stream(), []
+
+    def body(stop: Stop) -> torch.Tensor:
+        streams.append(torch.cuda.current_stream())
+        hidden = torch.ones(2, 3, device="cuda").mul(3.0)
+        stop(hidden)
+        return (hidden @ torch.ones(3, 2, device="cuda")).relu()
+
+    with torch.cuda.stream(stream):
+        run = StoppingRun(body, torch.device("cuda"))
+        run.resume()
+        last = run.resume()
+    assert streams == [stream] and isinstance(last, Finished) and last.value.tolist() == [[9, 9]] * 2
+    run.close()
 
 
 def test_what_the_body_raises_is_raised_where_it_is_resumed() -> None:

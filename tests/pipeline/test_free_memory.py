@@ -16,11 +16,14 @@ class PretendedGpu:
     def __init__(self, reserved=4e9, allocated=3e9):
         self.fraction, self._reserved, self._allocated = 1.0, reserved, allocated
 
+    def _stats(self):
+        sizes = {"reserved_bytes": int(self._reserved), "allocated_bytes": int(self._allocated)}
+        return {name: {"all": {"current": size}} for name, size in sizes.items()}
+
     def install(self, monkeypatch):
         for name, value in (
             ("mem_get_info", lambda device: (int(60e9 - self._reserved), int(80e9))),
-            ("memory_reserved", lambda device: int(self._reserved)),
-            ("memory_allocated", lambda device: int(self._allocated)),
+            ("memory_stats_as_nested_dict", lambda device: self._stats()),
             ("get_per_process_memory_fraction", lambda device: self.fraction),
             ("set_per_process_memory_fraction", lambda fraction, device: setattr(self, "fraction", fraction)),
         ):
@@ -74,3 +77,12 @@ def test_what_is_kept_leaves_what_is_reserved(monkeypatch):
     assert not is_spare(18.1e9, 0.3, 0.0, GPU)
     assert is_spare(10e9, 0.3, 50e9, GPU)
     assert not is_spare(10.1e9, 0.3, 50e9, GPU)
+
+
+def test_what_torch_holds_unused_settles_it_without_the_driver(monkeypatch):
+    PretendedGpu(reserved=30e9, allocated=10e9).install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("asked"))
+    assert is_spare(6e9, 0.3, 14e9, GPU)
+    for needed, reserved in ((6.1e9, 0.0), (6e9, 14.1e9)):  # more than that: the driver knows
+        with pytest.raises(pytest.fail.Exception, match="asked"):
+            is_spare(needed, 0.3, reserved, GPU)

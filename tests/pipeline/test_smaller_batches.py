@@ -18,7 +18,7 @@ from awqkit.errors import NoRoomError
 from awqkit.events import Caution
 from awqkit.model.block_calls import hand_on
 from awqkit.model.skeleton import Skeleton
-from awqkit.pipeline import smaller_batches
+from awqkit.pipeline import marked_states, smaller_batches
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.block_memory import BlockMemory, block_memory, fitting_tokens
 
@@ -153,6 +153,21 @@ def test_rows_put_back_and_cut_into_smaller_batches_go_on_as_before(family: str)
         advance(stream, 1)
     assert found.is_row_by_row
     torch.testing.assert_close(current(found), current(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("spare", [True, False])
+def test_what_is_overwritten_on_a_gpu_is_kept_there_where_it_is_little(
+    spare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marked_states, "is_spare", lambda *given: spare)
+    states = torch.arange(12.0, device="cuda").reshape(4, 3)
+    before, mark = states.clone(), marked_states.MarkedStates(states, {}, states.device)
+    for number in range(2):  # what was written first is what counts
+        mark.before_write(states, slice(1, 3))
+        states[1:3] = float(number)
+    assert mark._kept.is_cuda is spare
+    assert torch.equal(mark.put_back()[0], before) and mark._kept is None
 
 
 def test_fewer_tokens_where_memory_is_short() -> None:

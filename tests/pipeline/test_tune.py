@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_contexts import CPU, GROUP, current, hidden_states, quantized_blocks, run_on, token_ids, written
+from tiny_contexts import (
+    CPU,
+    GROUP,
+    block_context,
+    current,
+    hidden_states,
+    quantized_blocks,
+    run_on,
+    token_ids,
+    written,
+)
 from tiny_models import MLP_WIDTH, WIDTH, tiny_model
 from torch import Tensor
 
@@ -124,6 +134,20 @@ def test_part_of_an_epoch_visits_batches_evenly() -> None:
     assert sorted(visits[:8]) == list(range(8))
     assert sorted(visits[8:]) == [0, 4]
     assert tune_module._visits(3, 0.01, _generator(0)) == [0]
+    for count, epochs in ((8, 0.5), (8, 1.25), (3, 0.01), (7, 0.3), (8, 1)):
+        assert tune_module.visited(count, epochs) == set(tune_module._visits(count, epochs, _generator(0)))
+
+
+def test_batches_that_no_step_looks_at_are_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton, begun = block_context(tiny_model("llama")).skeleton, []
+    record = skeleton._record
+    monkeypatch.setattr(skeleton, "_record", lambda ids, mask: begun.append(ids) or record(ids, mask))
+    ids = token_ids(8, 512)
+    start = tuning_stage.start_tuning(skeleton, "rows", (0.25, 0.5), TokenRows(ids), None, CPU)
+    assert [start.calibration.batch(position)[0] for position in (0, 2)] == [slice(0, 2), slice(4, 6)]
+    assert torch.equal(torch.cat(begun), torch.cat([ids[:2], ids[4:6]])) and len(begun) == 2
+    everything = hidden_states(skeleton, ids)
+    assert torch.equal(start.calibration.rows_of(slice(4, 6)), everything.rows_of(slice(4, 6)))
 
 
 def _model(family: str) -> Any:

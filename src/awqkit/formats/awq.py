@@ -132,13 +132,21 @@ class AwqFormat:
         weight: codes `[N, K]` uint8 on a grid of the scheme. Raises ValueError when it is on another one, see
         `Scheme.refuse_other_grid`.
         """
-        scheme.refuse_other_grid(linear, weight, stored_dtype)
-        qweight, qzeros, scales = self.tensor_names(linear, scheme)
+        scales = self.pack_scales(linear, weight, scheme, stored_dtype)
+        qweight, qzeros, _ = self.tensor_names(linear, scheme)
         return {
             qweight: pack_columns(weight.codes.t()),
             qzeros: pack_columns(weight.grid.group_zero.to(torch.uint8).t()),
-            scales: weight.grid.group_scale.to(stored_dtype).t().contiguous(),
+            **scales,
         }
+
+    def pack_scales(
+        self, linear: str, weight: QuantizedWeight, scheme: Scheme, stored_dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Those of `pack` that the group scales alone decide on."""
+        scheme.refuse_other_grid(linear, weight, stored_dtype)
+        scales = self.tensor_names(linear, scheme)[-1]
+        return {scales: weight.grid.group_scale.to(stored_dtype).t().contiguous()}
 
     def quantized_linears(self, tensor_names: Iterable[str], scheme: Scheme) -> list[str]:
         """Module paths of the quantized linears of a checkpoint, in the order of its tensors."""

@@ -119,6 +119,13 @@ class CompressedTensorsFormat:
         scheme.refuse_other_grid(linear, weight, stored_dtype)
         return _LAYOUTS[scheme.activations].pack(linear, weight, scheme, stored_dtype)
 
+    def pack_scales(
+        self, linear: str, weight: QuantizedWeight, scheme: Scheme, stored_dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Those of `pack` that the group scales alone decide on."""
+        scheme.refuse_other_grid(linear, weight, stored_dtype)
+        return {f"{linear}.weight_scale": weight.grid.group_scale.to(stored_dtype).contiguous()}
+
     def quantized_linears(self, tensor_names: Iterable[str], scheme: Scheme) -> list[str]:
         """Module paths of the quantized linears of a checkpoint, in the order of its tensors."""
         marker = _LAYOUTS[scheme.activations].marker

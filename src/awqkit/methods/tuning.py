@@ -60,7 +60,7 @@ class TunableLinear:
         """The same codes with the group scales as they will be stored."""
         grid = self._grid
         scale = (grid.group_scale * self.log_change.detach().exp()).to(stored_dtype).to(torch.float32)
-        scale = torch.where((scale > 0) & scale.isfinite(), scale, grid.group_scale)
+        scale = torch.where((scale > 0) & (scale < torch.inf), scale, grid.group_scale)
         codes = (self._steps + grid.group_zero.unsqueeze(-1)).flatten(1).to(self._code_dtype)
         return QuantizedWeight(codes, replace(grid, group_scale=scale))
 

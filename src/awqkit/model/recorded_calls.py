@@ -250,13 +250,11 @@ def _written_to(calls: Sequence[BlockCall]) -> tuple[Wanted, ...]:
 def blocks_replaced(blocks: NamedBlocks, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Inside, the model calls `forward_of(index)` in the place of each block."""
     originals = list(blocks)
-    for index, block in enumerate(originals):
-        blocks[index] = _Recorder(block, forward_of(index))
+    blocks.put([_Recorder(block, forward_of(index)) for index, block in enumerate(originals)])
     try:
         yield
     finally:
-        for index, block in enumerate(originals):
-            blocks[index] = block
+        blocks.put(originals)
 
 
 class _Recorder(nn.Module):

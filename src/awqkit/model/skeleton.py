@@ -67,6 +67,7 @@ class Skeleton:
     def _call_only(self, visited: Sequence[int]) -> None:
         """Of the list only these are blocks that the model calls with text alone."""
         self._visited = tuple(visited)
+        self._kinds: dict[int, tuple[Any, ...]] = {}
         self._shared_by = shared_parameters([self._blocks[number] for number in visited])
 
     @property
@@ -91,9 +92,11 @@ class Skeleton:
 
         Of both the same parameters are shared with other blocks.
         """
-        block, shared = self._block(index), self._shared_by[index]
-        parameters = ((name, tuple(value.shape), name in shared) for name, value in block.named_parameters())
-        return (type(block), *parameters)
+        if index not in self._kinds:  # asked of all blocks again in each of them
+            block, shared = self._block(index), self._shared_by[index]
+            parameters = ((name, tuple(value.shape), name in shared) for name, value in block.named_parameters())
+            self._kinds[index] = (type(block), *parameters)
+        return self._kinds[index]
 
     def block_elements(self, index: int) -> int:
         """How many elements the parameters of a block have."""

@@ -1,8 +1,10 @@
 """A call that stops half-way and goes on later, with nothing computed twice: a coroutine whose body does not know it.
 
 The body is a model's own forward, which cannot be made a generator. It runs on a thread of its own, and of the two
-threads one always waits for the other. Nothing is computed there: torch functions are handed to the thread that resumes
-the run, so that many stopped runs share its pool of workers, its device and its modes.
+threads one always waits for the other. On a CPU nothing is computed there: torch functions are handed to the thread
+that resumes the run, so that many stopped runs share its pool of workers. To hand one over takes longer than to launch
+it, so a GPU is given its work by the body's thread, in the order of the other's; only products are handed over there,
+since each thread that multiplies has memory of its own for it on the GPU, which is kept as long as the process.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -18,6 +21,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 Stop = Callable[[Any], None]
+
+_HOST = torch.device("cpu")
+# What a library with a handle for each thread may compute, by name: as functions, methods and operators.
+_PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "einsum"}
+_PRODUCTS |= {"scaled_dot_product_attention", "conv1d", "conv2d", "conv3d", "bilinear", "tensordot", "outer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +61,15 @@ class _GivenUp(BaseException):
 
 
 class StoppingRun:
-    """`body(stop)` without gradients, resumed piece by piece. It is to be closed, finished or not."""
+    """`body(stop)` without gradients, resumed piece by piece. It is to be closed, finished or not.
 
-    def __init__(self, body: Callable[[Stop], Any]) -> None:
+    device: where the body computes.
+    """
+
+    def __init__(self, body: Callable[[Stop], Any], device: torch.device = _HOST) -> None:
         self._told: SimpleQueue[Any] = SimpleQueue()  # by the body's thread
         self._answers: SimpleQueue[Any] = SimpleQueue()
+        self._place, self._asks_all = _place(device), device.type != "cuda"
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._live, body), daemon=True)
         self._ended = self._given_up = False
@@ -90,7 +102,7 @@ class StoppingRun:
 
     def _live(self, body: Callable[[Stop], Any]) -> None:
         try:
-            with torch.no_grad(), _Deferring(self._ask):
+            with torch.no_grad(), self._place, _Deferring(self._ask, asks_all=self._asks_all):
                 result = Finished(body(self._stop))
         except _GivenUp as given_up:
             given_up.__traceback__ = None  # its frames hold it, and with it all that the body had computed
@@ -119,17 +131,23 @@ def _answer(asked: _Asked) -> Any:
         return _Raised(error)
 
 
-class _Deferring(TorchFunctionMode):
-    """Every torch function is computed by whoever `ask` asks; reading an attribute of a tensor is not worth that.
+def _place(device: torch.device) -> AbstractContextManager[Any]:
+    """Another thread inside has its work done on the same device, in turn with this one's."""
+    return torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()
 
-    Whether gradients are recorded is each thread's own: a body that switches them off and on does so for itself.
+
+class _Deferring(TorchFunctionMode):
+    """Torch functions are computed by whoever `ask` asks, all or products alone.
+
+    Reading an attribute of a tensor is not worth that. Whether gradients are recorded is each thread's own: a body that
+    switches them off and on does so for itself.
     """
 
-    def __init__(self, ask: Callable[[_Asked], Any]) -> None:
+    def __init__(self, ask: Callable[[_Asked], Any], *, asks_all: bool) -> None:
         super().__init__()
-        self._ask = ask
+        self._ask, self._asks_all = ask, asks_all
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if getattr(function, "__name__", "") == "__get__" or function is torch._C._set_grad_enabled:
-            return function(*args, **(kwargs or {}))
-        return self._ask(_Asked(function, args, kwargs or {}))
+        name = getattr(function, "__name__", "")
+        asks = name != "__get__" and function is not torch._C._set_grad_enabled if self._asks_all else name in _PRODUCTS
+        return self._ask(_Asked(function, args, kwargs or {})) if asks else function(*args, **(kwargs or {}))

@@ -14,6 +14,7 @@ again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -157,13 +158,13 @@ def own_damping(moment: Tensor, damp_ratio: float, column_energy: Tensor | None 
     diagonal = moment.diagonal()
     sizes = [diagonal.mean()]
     if column_energy is not None:
-        sizes += [column_energy.max(), column_energy.mean(), (diagonal * column_energy).mean()]
+        sizes += [column_energy.mean(), (diagonal * column_energy).mean()]
     usual, *columns = torch.stack(sizes).tolist()
     tiny = max((usual or 1.0) * _SMALLEST_SHARE, torch.finfo(torch.float32).tiny)
     own = (damp_ratio * diagonal).clamp(min=tiny)
     if column_energy is None or not columns[0] > 0:
         return own
-    return own + _FLOOR_SHARE * columns[2] / column_energy.clamp(min=columns[1] * _SMALLEST_COLUMN)
+    return own + _FLOOR_SHARE * columns[1] / column_energy.clamp(min=columns[0] * _SMALLEST_COLUMN)
 
 
 def mean_damping(moment: Tensor, damp_ratio: float, column_energy: Tensor | None = None) -> Tensor:
@@ -199,8 +200,6 @@ def rounding_metric(
 def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | None:
     """U in `order`, or None. Channels are normalised first: their energies lie six orders of magnitude apart."""
     size = (moment.diagonal() + damping).sqrt()
-    if not bool((torch.isfinite(size) & (size > 0)).all()):
-        return None
     reverse = order.flip(0)
     # each step lets go of the one before: of 28672 channels every one of them takes 3.3 GB
     matrix = (moment / size).div_(size.unsqueeze(1))
@@ -209,7 +208,10 @@ def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | No
     matrix.diagonal().fill_(1.0)  # (H_jj + λ_j) / size_j², free of rounding
     with full_precision():
         matrix, failed = torch.linalg.cholesky_ex(matrix)
-        if not bool((failed == 0) & torch.isfinite(matrix.diagonal()).all()):
+        # all that can be wrong is asked of the device at once; of numbers with a NaN among them, both ends are NaN
+        ends = (*torch.aminmax(size), *torch.aminmax(matrix.diagonal()), failed.to(size.dtype))
+        smallest, largest, *others = torch.stack(ends).tolist()
+        if not (smallest > 0 and largest < math.inf and others[-1] == 0 and all(map(math.isfinite, others))):
             return None
         matrix = _inverted_(matrix)
     matrix = matrix.flip(0, 1).div_(size[order])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,6 +59,7 @@ class HiddenStates:
     num_streams: about how many of this size there will be; together they leave the device room for the work itself,
     `reserved` bytes at least.
     own: which of all rows these are, where there are several ranks or parts; no batch has rows of two parts.
+    only: of so many batches, by number, those that will be asked for; None for all.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class HiddenStates:
         num_streams: int = 1,
         reserved: float = 0.0,
         own: OwnRows | None = None,
+        only: Callable[[int], Collection[int]] | None = None,
     ) -> None:
         self._device, self._mask, self._rows = device, rows.mask, rows
         self.own = own or OwnRows.undivided(len(rows.ids))
@@ -80,7 +82,8 @@ class HiddenStates:
         self._calls: dict[int, tuple[BlockCall, ...]] = {}  # by the first row of a batch
         self._beside: dict[int, tuple[Carried, ...]] = {}
         self._states: Tensor | None = None if self._batches else torch.empty(0, rows.ids.shape[1], 1)
-        for part, started in zip(self._batches, skeleton.start(self._split(rows), device), strict=True):
+        asked = self._batches if only is None else [self._batches[each] for each in sorted(only(self.num_batches))]
+        for part, started in zip(asked, skeleton.start(_split(rows, asked), device), strict=True):
             if self._states is None:
                 self._states = _place(rows.ids.shape, started.hidden.shape[2:], device, num_streams, reserved)
             self._states[part].copy_(started.hidden)
@@ -108,11 +111,6 @@ class HiddenStates:
     def shape(self) -> torch.Size:
         """Rows, tokens, width."""
         return self._states.shape
-
-    def _split(self, rows: TokenRows) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for part in self._batches:
-            batch = rows.rows(part)
-            yield batch.ids, batch.mask
 
     def _sharing(self, calls: tuple[BlockCall, ...]) -> tuple[BlockCall, ...]:
         """The calls with the tensors that the first batch gets as well; those of its own lie with the rows."""
@@ -210,7 +208,8 @@ class HiddenStates:
         self._tokens_per_batch = max(1, self._tokens_per_batch // 2)
         self._batches = list(_batches(self._rows.ids.shape, self._tokens_per_batch, self.own.ends))
         self._calls = {}
-        for part, started in zip(self._batches, skeleton.start(self._split(self._rows), self._device), strict=True):
+        batches = _split(self._rows, self._batches)
+        for part, started in zip(self._batches, skeleton.start(batches, self._device), strict=True):
             self._calls[part.start] = self._sharing(started.calls)
         if self._beside:
             self._beside = {
@@ -229,6 +228,12 @@ class HiddenStates:
 def usual_tokens_per_batch(device: torch.device) -> int:
     """How many tokens suit the device where only a block's own weights are in memory beside them."""
     return _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
+
+
+def _split(rows: TokenRows, parts: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for part in parts:
+        batch = rows.rows(part)
+        yield batch.ids, batch.mask
 
 
 def _batches(shape: torch.Size, tokens_per_batch: int, ends: Sequence[int]) -> Iterator[slice]:

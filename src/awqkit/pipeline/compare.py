@@ -186,11 +186,12 @@ def _course(
     lanes = tuple(_lane(contender, streams, original) for contender in contenders)
     for lane in lanes:
         _settle_tuning(lane, device, emit)
-    tuning = {}
-    for kind in {_tuning_kind(lane.contender.recipe) for lane in lanes if lane.tunes}:
+    tuning, tuned = {}, [lane.contender.recipe for lane in lanes if lane.tunes]
+    for kind in set(map(_tuning_kind, tuned)):
         moves, own_text = kind
         learning = rows.learning[own_text]
-        tuning[kind] = start_tuning(skeleton, moves, learning.calibration, learning.held_out, device)
+        epochs = {recipe.tuning_epochs for recipe in tuned if _tuning_kind(recipe) == kind}
+        tuning[kind] = start_tuning(skeleton, moves, epochs, learning.calibration, learning.held_out, device)
     at_once = _experts_at_once(skeleton, contenders, device)
     return _Course(skeleton, device, lanes, streams, original, tuning, clock, at_once)
 

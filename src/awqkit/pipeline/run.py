@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -124,7 +124,8 @@ def run(
     if rows is not None and job.recipe.tuning_epochs > 0:
         no_room = points.why_not_tuned(lambda: why_not_tuned(job.recipe, job.plan, job.device))
         if no_room is None:
-            start = start_tuning(job.skeleton, job.recipe.tuning, rows, held_out, job.device)
+            epochs = (job.recipe.tuning_epochs,)
+            start = start_tuning(job.skeleton, job.recipe.tuning, epochs, rows, held_out, job.device)
         else:
             emit(Caution(no_room))
             tuning = TuningDecision(0, None, None, no_room)
@@ -359,12 +360,16 @@ def packed_tensors(
     job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name on disk and tensor of all that linears, by name inside the block, are packed into."""
+    return _packed(job, block, quantized, job.written.pack)
+
+
+def _packed(
+    job: Run, block: BlockPlan, quantized: Mapping[str, QuantizedWeight], pack: Callable[..., dict[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name, weight in quantized.items():
         for disk, rows in packed_parts(job.skeleton, block, name).items():
             if disk in job.layout.packed:
-                packed = job.written.pack(
-                    job.layout.packed[disk], weight.rows(rows), job.layout.scheme, job.plan.stored_dtype
-                )
+                packed = pack(job.layout.packed[disk], weight.rows(rows), job.layout.scheme, job.plan.stored_dtype)
                 yield from ((part, tensor.cpu()) for part, tensor in packed.items())
 
 
@@ -375,9 +380,12 @@ def _rewrite(
     gains: Mapping[str, torch.Tensor],
     writer: CheckpointWriter,
 ) -> None:
-    """Put what tuning moved in the place of what was written: linears by name, gains by parameter, in the block."""
+    """Put what tuning moved in the place of what was written: linears by name, gains by parameter, in the block.
+
+    Of linears it moved the group scales.
+    """
     block = job.plan.blocks[index]
-    for part, tensor in packed_tensors(job, block, linears):
+    for part, tensor in _packed(job, block, linears, job.written.pack_scales):
         writer.rewrite(part, tensor)
     for name, value in gains.items():
         disk = job.skeleton.disk_name(f"{block.path}.{name}")

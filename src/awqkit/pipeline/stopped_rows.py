@@ -86,7 +86,7 @@ class StoppedRows:
             with weights_replaced(self._context, self._quantized, before):
                 return hand_on(self._context.block, hidden, call)
 
-        return StoppingRun(body)
+        return StoppingRun(body, hidden.device)
 
 
 def _fits(context: BlockContext, rows: HiddenStates) -> bool:

@@ -108,11 +108,21 @@ def tune(
 
 def _visits(num_batches: int, epochs: float, generator: torch.Generator) -> list[int]:
     """Which batches are stepped through: all in another order each time, then evenly spaced ones for what is left."""
+    visits = [pos for _ in range(int(epochs)) for pos in torch.randperm(num_batches, generator=generator).tolist()]
+    spaced = _spaced(num_batches, epochs)
+    return visits + [spaced[index] for index in torch.randperm(len(spaced), generator=generator).tolist()]
+
+
+def _spaced(num_batches: int, epochs: float) -> list[int]:
+    """Which batches what is left of whole passes goes through."""
     whole = int(epochs)
     rest = max(round((epochs - whole) * num_batches), 1 - whole)
-    visits = [position for _ in range(whole) for position in torch.randperm(num_batches, generator=generator).tolist()]
-    spaced = [index * num_batches // rest for index in range(rest)]
-    return visits + [spaced[index] for index in torch.randperm(rest, generator=generator).tolist()]
+    return [index * num_batches // rest for index in range(rest)]
+
+
+def visited(num_batches: int, epochs: float) -> set[int]:
+    """Which of the calibration rows' batches `tune` looks at; the first is always one of them."""
+    return set(range(num_batches) if epochs >= 1 else _spaced(num_batches, epochs))
 
 
 def _share_kept(blocks: Sequence[TunableBlock], first: HiddenStates) -> float:

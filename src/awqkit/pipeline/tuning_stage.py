@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from awqkit.pipeline.context import BlockContext, Streams
 from awqkit.pipeline.free_memory import free_bytes
 from awqkit.pipeline.plan import RunPlan
 from awqkit.pipeline.tunable_block import TunableBlock
-from awqkit.pipeline.tune import STEPPING, TuningRows, tune
+from awqkit.pipeline.tune import STEPPING, TuningRows, tune, visited
 from awqkit.recipe import Recipe
 
 _TASK = "tune"
@@ -44,14 +44,22 @@ class TuningStart:
 
 
 def start_tuning(
-    skeleton: Skeleton, tuning: str, rows: TokenRows, held_out: TokenRows | None, device: torch.device
+    skeleton: Skeleton,
+    tuning: str,
+    epochs: Collection[float],
+    rows: TokenRows,
+    held_out: TokenRows | None,
+    device: torch.device,
 ) -> TuningStart:
-    """The rows in the batches that tuning steps through. tuning: as in the Recipe."""
+    """The rows in the batches that tuning steps through. tuning, epochs: as in the Recipe, of each that has a share."""
+    tokens = STEPPING[tuning].tokens_per_step
 
-    def states(part: TokenRows) -> HiddenStates:
-        return HiddenStates(skeleton, part, device, tokens_per_batch=STEPPING[tuning].tokens_per_step)
+    def looked_at(num_batches: int) -> set[int]:
+        return {position for each in epochs for position in visited(num_batches, each)}
 
-    return TuningStart(states(rows), None if held_out is None else states(held_out), rows, held_out)
+    calibration = HiddenStates(skeleton, rows, device, tokens_per_batch=tokens, only=looked_at)
+    checked = None if held_out is None else HiddenStates(skeleton, held_out, device, tokens_per_batch=tokens)
+    return TuningStart(calibration, checked, rows, held_out)
 
 
 def why_not_tuned(recipe: Recipe, plan: RunPlan, device: torch.device) -> str | None:
