@@ -59,6 +59,7 @@ def main() -> None:
             whole, args.model = open_conditions(args).model, Path(scratch) / "cut"
             first_blocks(whole, args.model, args.blocks)
         os.environ["PYTHONPYCACHEPREFIX"] = str(Path(scratch) / "bytecode")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         for name, python in peers.items():
             subprocess.run([python, str(SCRIPTS / PEERS[name].script), "--help"], capture_output=True, check=False)
         conditions = open_conditions(args)

@@ -20,6 +20,7 @@ from awqkit.numerics.statistics import (
     sampled_evenly,
 )
 from awqkit.pipeline.free_memory import is_spare
+from awqkit.pipeline.kept_states import on_host
 from awqkit.pipeline.ranks import Ranks
 from awqkit.pipeline.row_parts import in_pairs
 
@@ -112,4 +113,4 @@ def _where_there_is_room(grams: list[Tensor], reserved: float) -> list[Tensor]:
     device, size = grams[0].device if grams else torch.device("cpu"), sum(gram.nbytes for gram in grams)
     if device.type == "cpu" or is_spare(2.0 * size, 1.0, reserved, device):
         return grams
-    return [gram.cpu() for gram in grams]
+    return [on_host(gram) for gram in grams]
