@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -53,9 +55,9 @@ _SEED_STRIDE = 1_000_003  # keeps the probes of block i and seed j apart
 
 def refuse_non_finite(context: BlockContext) -> None:
     """Raises CheckpointError naming the first tensor of the block with NaN or inf."""
-    finite = torch.stack([torch.isfinite(value).all() for value in context.parameters.values()]).tolist()
-    for (name, value), is_finite in zip(context.parameters.items(), finite, strict=True):
-        if not is_finite:
+    ends = torch.stack([end for value in context.parameters.values() for end in value.aminmax()]).tolist()
+    for (name, value), *both in zip(context.parameters.items(), ends[::2], ends[1::2], strict=True):
+        if not all(map(math.isfinite, both)):  # the least and the largest are NaN where any is
             parts = context.skeleton.parts(f"{context.block_plan.path}.{name}", value)
             wrong = (disk for disk, part in parts.items() if not bool(torch.isfinite(part).all()))
             disk = next(wrong, f"{context.block_plan.path}.{name}")  # shared, on disk under another block's name
@@ -268,6 +270,7 @@ class _Observer:
         self.found: dict[str, Statistics] = {}
         self._sums, self._device, self._kept = sums, context.device, kept
         self._counted_in: dict[str, list[str]] = {}
+        self._has_experts = any(entry.expert is not None for entry in context.structure.inputs)
         for each in sums:
             for first in each.readers:
                 self._counted_in.setdefault(first, []).append(each.name)
@@ -311,7 +314,8 @@ class _Observer:
                 self.found[each] = accumulate_(self.found[each], inputs, *counted)
 
         try:
-            with torch.no_grad(), picked, LinearWatch(self._watched, before=before):
+            follow = picked if self._has_experts else nullcontext()
+            with torch.no_grad(), follow, LinearWatch(self._watched, before=before):
                 return run()
         finally:
             if self._kept is not None:
