@@ -136,7 +136,7 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
     views = context.structure.linears
     watched = {view.weight: context.weight(view.name) for view in views}
     generator = torch.Generator(context.device).manual_seed(context.recipe.seed * _SEED_STRIDE + context.index)
-    squares = {view.name: torch.zeros(view.shape[0], device=context.device) for view in views}
+    squares: dict[str, Tensor] = {}
     for part, hidden, call, mask in probe_rows.batches(context.index):
         outputs.clear()
         with torch.enable_grad(), LinearWatch(watched, after=after):
@@ -145,19 +145,21 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
         if mask is not None:
             noise = noise * mask.reshape(*mask.shape, *(1,) * (noise.dim() - 2))
         result.backward(noise.to(result.dtype))
-        for view in views:
-            felt = outputs[view.weight].grad if view.weight in outputs else None
-            if felt is not None:
-                squares[view.name] += felt.square().reshape(-1, view.shape[0]).mean(dim=0)
+        felt = {view.name: outputs[view.weight].grad for view in views if view.weight in outputs}
+        felt = {name: gradient for name, gradient in felt.items() if gradient is not None}
+        products = torch._foreach_mul(list(felt.values()), list(felt.values())) if felt else ()
+        for name, product in zip(felt, products, strict=True):
+            mean = product.reshape(-1, product.shape[-1]).mean(dim=0)
+            squares[name] = squares[name].add_(mean) if name in squares else mean
         probe_rows.write(part, result.detach(), beside)
-    felt_any = torch.stack([squares[view.name].any() for view in views]).tolist()
-    unfelt = {view.name for view, is_felt in zip(views, felt_any, strict=True) if not is_felt}
+    largest = torch.stack(torch._foreach_norm(list(squares.values()), math.inf)).tolist() if squares else ()
+    unfelt = {view.name for view in views} - {name for name, most in zip(squares, largest, strict=True) if most != 0}
     usual = usual_of_experts([view for view in views if view.name not in unfelt], squares)
     for view in views:
         if view.name in unfelt:
             key = (view.expert.experts, view.expert.part) if view.expert else None
-            squares[view.name] = torch.full_like(squares[view.name], usual.get(key, 1.0))
-    return squares
+            squares[view.name] = torch.full((view.shape[0],), usual.get(key, 1.0), device=context.device)
+    return {view.name: squares[view.name] for view in views}
 
 
 def observe(
