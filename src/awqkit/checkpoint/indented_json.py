@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 _STEP = "  "
@@ -29,6 +29,7 @@ def _encoder(inner: str) -> json.JSONEncoder:
     return json.JSONEncoder(ensure_ascii=False, separators=(f",{inner}", ": "))
 
 
+@lru_cache(maxsize=1024, typed=True)
 def _key(key: Any) -> str:
     """What stands before a value, whatever json makes of a key that is no word."""
     return _encoder("").encode({key: 0})[1:-2]
