@@ -208,8 +208,13 @@ def block_decision_of(content: dict[str, Any]) -> BlockDecision:
     return BlockDecision(**{**content, **made})
 
 
+_PLAIN = (str, int, float, type(None))
+
+
 def as_json(decision: Any) -> Any:
     """A Decision, or a container of them, as JSON-able dicts, lists and numbers."""
+    if isinstance(decision, _PLAIN):
+        return decision
     if dataclasses.is_dataclass(decision) and not isinstance(decision, type):
         return {field.name: as_json(getattr(decision, field.name)) for field in dataclasses.fields(decision)}
     if isinstance(decision, dict):

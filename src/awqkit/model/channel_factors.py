@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,24 +20,45 @@ def distinct_factors(num_channels: int, device: torch.device) -> Tensor:
     return torch.cat([low, high])[:num_channels][order].to(device)
 
 
-def read_factors(plain: Tensor, scaled: Tensor, factor: Tensor) -> Tensor | None:
-    """`channel_of` `[in]` where every channel of `scaled` is `plain` times 1 or times one factor, else None.
+def with_one(factor: Tensor) -> Tensor:
+    """The factors with a 1 behind them, which is what a `channel_of` of −1 finds."""
+    return torch.cat([factor, torch.ones_like(factor[:1])])
 
-    −1 stands for a channel that did not change, or that is zero throughout.
+
+def read_factors(pairs: Sequence[tuple[Tensor, Tensor]], factor: Tensor) -> list[Tensor | None]:
+    """For each pair (plain, scaled) of `[..., in]`: `channel_of` `[in]` where every channel of `scaled` is `plain`
+    times 1 or times one factor, else None.
+
+    −1 stands for a channel that did not change, or that is zero throughout. Pairs of as many tokens are looked at side
+    by side, which takes as many operators as one of them; the same pair gets the same answer.
     """
-    plain, scaled = plain.reshape(-1, plain.shape[-1]), scaled.reshape(-1, scaled.shape[-1])
+    found: dict[tuple[int, int], Tensor | None] = {}
+    by_tokens: dict[int, dict[tuple[int, int], tuple[Tensor, Tensor]]] = {}
+    for plain, scaled in pairs:
+        rows = plain.reshape(-1, plain.shape[-1]), scaled.reshape(-1, scaled.shape[-1])
+        by_tokens.setdefault(len(rows[0]), {})[id(plain), id(scaled)] = rows
+    for alike in by_tokens.values():
+        found |= zip(alike, _read_side_by_side(list(alike.values()), factor), strict=True)
+    return [found[id(plain), id(scaled)] for plain, scaled in pairs]
+
+
+def _read_side_by_side(pairs: Sequence[tuple[Tensor, Tensor]], factor: Tensor) -> list[Tensor | None]:
+    """The same of different pairs of `[tokens, in]`."""
+    plain, scaled = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
     energy = plain.square().sum(dim=0)
-    alive = energy > 0
-    ratio = torch.where(alive, (plain * scaled).sum(dim=0) / energy.clamp(min=1e-30), torch.ones_like(energy))
+    ratio = torch.where(energy > 0, (plain * scaled).sum(dim=0) / energy.clamp(min=1e-30), 1.0)
     residual = (scaled - plain * ratio).square().sum(dim=0)
-    if bool((residual > CONSTANT_TOLERANCE**2 * energy * ratio.square().clamp(min=1e-6)).any()):
-        return None
+    varies = residual > CONSTANT_TOLERANCE**2 * energy * ratio.square().clamp(min=1e-6)
     ordered, order = factor.sort()
     right = torch.searchsorted(ordered, ratio).clamp(max=ordered.numel() - 1)
     left = (right - 1).clamp(min=0)
     nearer = torch.where((ordered[left] - ratio).abs() < (ordered[right] - ratio).abs(), left, right)
     unchanged = (ratio - 1.0).abs() <= FACTOR_TOLERANCE
     matched = ~unchanged & ((ordered[nearer] - ratio).abs() <= FACTOR_TOLERANCE * ratio.abs())
-    if not bool((matched | unchanged).all()) or not bool(matched.any()):
-        return None
-    return torch.where(matched, order[nearer], torch.full_like(order[nearer], -1))
+    channel_of = torch.where(matched, order[nearer], -1)
+    channels = [each.shape[1] for each, _ in pairs]
+    verdicts = torch.stack([varies | ~(matched | unchanged), matched]).cpu().split(channels, dim=1)
+    return [
+        of.clone() if bool(matches.any()) and not bool(wrong.any()) else None
+        for of, (wrong, matches) in zip(channel_of.split(channels), verdicts, strict=True)
+    ]

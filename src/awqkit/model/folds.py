@@ -23,7 +23,7 @@ from awqkit.model.block_look import (
     numbers_of_experts,
     relative_change,
 )
-from awqkit.model.channel_factors import distinct_factors, read_factors
+from awqkit.model.channel_factors import distinct_factors, read_factors, with_one
 from awqkit.model.linear_views import linear_inputs, linear_views
 from awqkit.model.matrices import matrix_parameters, parameter_of
 from awqkit.model.proof import divided
@@ -164,16 +164,12 @@ def _consumers(
     with _scaled_vectors(block, producer, factor):
         for _ in range(_MAX_PASSES):
             look = look_at(block, run, weights, gain, undo)
-            new = {}
+            new = _newly_read(plain, look, [
+                view for view in views if view.name not in channel_of and view is not producer.linear
+            ], factor)  # fmt: skip
             for view in views:
-                before, after = plain.inputs.get(call_name(view)), look.inputs.get(call_name(view))
-                if view.name in channel_of or view is producer.linear or before is None or after is None:
-                    continue
-                mapping = read_factors(before, after, factor) if before.shape == after.shape else None
-                if mapping is not None:
-                    new[view.name] = mapping
-                    measured = torch.where(mapping >= 0, factor[mapping.clamp(min=0)], torch.ones_like(factor[:1]))
-                    undo[call_name(view)] = 1.0 / measured
+                if view.name in new:
+                    undo[call_name(view)] = 1.0 / with_one(factor)[new[view.name]]
             if not new:
                 break
             channel_of |= new
@@ -182,6 +178,19 @@ def _consumers(
     if producer.linear is None or producer.linear.expert is None:
         channel_of = _with_siblings(channel_of, views, plain)
     return ({view.name: channel_of[view.name] for view in views if view.name in channel_of}, look)
+
+
+def _newly_read(plain: Look, look: Look, views: Sequence[LinearView], factor: Tensor) -> dict[str, Tensor]:
+    """`channel_of` of the linears among `views` whose input carries the factors."""
+    pairs = {
+        view.name: (before, after)
+        for view in views
+        if (before := plain.inputs.get(call_name(view))) is not None
+        and (after := look.inputs.get(call_name(view))) is not None
+        and before.shape == after.shape
+    }
+    read = zip(pairs, read_factors(list(pairs.values()), factor), strict=True)
+    return {name: mapping for name, mapping in read if mapping is not None}
 
 
 def _with_siblings(channel_of: dict[str, Tensor], views: Sequence[LinearView], plain: Look) -> dict[str, Tensor]:

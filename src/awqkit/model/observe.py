@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 TRANSPOSED = "ᵀ"  # after the name of a parameter that is [in, out]; no parameter is called so
 
 _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}  # x Wᵀ, as some models write it
+_CALLS = {F.linear, torch.addmm, *_PRODUCTS}
 BeforeLinear = Callable[[str, Tensor], "Tensor | None"]
 AfterLinear = Callable[[str, Tensor], "Tensor | None"]
 WeightOf = Callable[[str], "Tensor | None"]
@@ -42,6 +43,8 @@ class LinearWatch(TorchFunctionMode):
         self._before, self._after, self._weight_of = before, after, weight_of
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function not in _CALLS:  # first, since almost none is
+            return function(*args, **kwargs) if kwargs else function(*args)
         kwargs = kwargs or {}
         if function is F.linear:
             inputs, weight, *rest = (*args, *(kwargs[key] for key in ("input", "weight", "bias") if key in kwargs))

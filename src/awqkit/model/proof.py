@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.model.block_look import RunBlock, every_expert, handed, relative_change
-from awqkit.model.matrices import matrix_of
+from awqkit.model.channel_factors import with_one
+from awqkit.model.matrices import matrix_of, parameter_of
 from awqkit.model.structure import BlockStructure, Fold
 
 PROOF_TOLERANCE = 1e-5  # largest change of the output under powers of two, relative to the block's own contribution
@@ -28,17 +29,21 @@ def prove(
     runs = [run, every_expert(run, structure.experts)] if structure.experts else [run]
     plain = [handed(each()) for each in runs]
     generator = torch.Generator().manual_seed(seed)
-    parameters = {name: value.data for name, value in block.named_parameters()}
+    parameters = dict(block.named_parameters())
     touched = {name for fold in folds for name in fold.producer}
     touched |= {structure.linear(name).weight for fold in folds for name in fold.consumers}
-    saved = {name: matrix_of(parameters, name).clone() for name in touched}
+    saved = {name: parameters[name].data for name in sorted(map(parameter_of, touched))}
+    scaled = {name: value.clone() for name, value in saved.items()}
+    factors = _powers_of_two([fold.num_channels for fold in folds], generator, hidden.device)
+    for fold, factor in zip(folds, factors, strict=True):
+        _scale_by(scaled, structure, fold, factor)
     try:
-        for fold in folds:
-            _scale_by_powers(parameters, structure, fold, generator)
+        for name, value in scaled.items():
+            parameters[name].data = value
         changed = [handed(each()) for each in runs]
     finally:
         for name, value in saved.items():
-            matrix_of(parameters, name).copy_(value)
+            parameters[name].data = value
     return max(relative_change(after, before, hidden) for after, before in zip(changed, plain, strict=True))
 
 
@@ -73,21 +78,27 @@ def proof_errors(
     return [found[id(fold)] for fold in folds]
 
 
-def _scale_by_powers(
-    parameters: Mapping[str, Tensor], structure: BlockStructure, fold: Fold, generator: torch.Generator
-) -> None:
-    """Multiply a producer by random powers of two, and divide its consumers by them, in place."""
-    factor = torch.exp2(torch.randint(-2, 3, (fold.num_channels,), generator=generator).float()).to(fold.read.device)
-    factor = torch.where(fold.read, factor, torch.ones_like(factor))
+def _powers_of_two(channels: Sequence[int], generator: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
+    """For each number of channels as many random powers of two; they go to the device together."""
+    exponents = torch.randint(-2, 3, (sum(channels),), generator=generator)
+    return torch.exp2(exponents.float()).to(device).split(list(channels))
+
+
+def _scale_by(parameters: Mapping[str, Tensor], structure: BlockStructure, fold: Fold, factor: Tensor) -> None:
+    """Multiply a producer by powers of two, and divide its consumers by them, in place."""
+    factor = torch.where(fold.read, factor, 1.0)
+    undo = 1.0 / factor
+    after, undone = with_one(undo), dict[int, Tensor]()
     rows = structure.linear(fold.producer_linear) if fold.producer_linear else None
     for name in fold.producer:
         value = matrix_of(parameters, name)
         value = rows.oriented(value) if rows is not None and name == rows.weight else value
-        value.copy_(divided(value, 1.0 / factor, name == fold.offset))
+        value.copy_(divided(value, undo, name == fold.offset))
     for consumer in fold.consumers:
         view, channel_of = structure.linear(consumer), fold.channel_of[consumer]
-        undo = torch.where(channel_of >= 0, 1.0 / factor[channel_of.clamp(min=0)], torch.ones_like(factor[:1]))
-        view.oriented(matrix_of(parameters, view.weight)).mul_(undo)
+        if id(channel_of) not in undone:  # q, k and v read one input
+            undone[id(channel_of)] = after[channel_of]
+        view.oriented(matrix_of(parameters, view.weight)).mul_(undone[id(channel_of)])
 
 
 def divided(value: Tensor, scale: Tensor, offset: bool) -> Tensor:

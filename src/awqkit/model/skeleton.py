@@ -52,6 +52,7 @@ class Skeleton:
         self._model, self._decoder = self._runnable.module, self._runnable.decoder
         self._source = source
         self._places = places_on_disk(self._model, source.names)
+        self._modules = dict(self._model.named_modules(remove_duplicate=False))
         # Taken now: weights come and go with new Parameter objects, and tied ones are told by their identity.
         self._shared = {name: id(value) for name, value in self._model.named_parameters(remove_duplicate=False)}
         self._manner: Manner | None = None
@@ -152,12 +153,12 @@ class Skeleton:
 
     def parameters_on_disk(self) -> frozenset[str]:
         """Disk names of the model's parameters; anything else on disk is a buffer, or unknown to the model."""
-        parameters = (name for name in self.names() if not _is_buffer(self._model, name))
+        parameters = (name for name in self.names() if not self._is_buffer(name))
         return frozenset(disk for name in parameters for disk in self.disk_names(name))
 
     def buffers_on_disk(self) -> frozenset[str]:
         """Disk names of the model's buffers."""
-        buffers = (name for name in self.names() if _is_buffer(self._model, name))
+        buffers = (name for name in self.names() if self._is_buffer(name))
         return frozenset(disk for name in buffers for disk in self.disk_names(name))
 
     def shapes_on_disk(self) -> dict[str, tuple[int, ...]]:
@@ -279,9 +280,13 @@ class Skeleton:
             self._call_only(manner.visited)
         return recorded
 
+    def _is_buffer(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        return leaf in self._modules[path]._buffers
+
     def _parameter(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        return getattr(self._model.get_submodule(path), leaf)
+        return getattr(self._modules[path], leaf)
 
     def _materialize(
         self,
@@ -301,7 +306,7 @@ class Skeleton:
             if not there and value.device.type == "meta":
                 raise ModelError(f"the checkpoint has no tensor for {path}.{name}, which the model needs")
             owner_path, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(owner_path)
+            owner = self._modules[f"{path}.{owner_path}".strip(".")]
             if not there:
                 owner._buffers[leaf] = value.to(device)
                 continue
@@ -332,11 +337,6 @@ def _prefix_of(model: nn.Module, part: nn.Module) -> str:
         if module is part:
             return f"{path}." if path else ""
     return ""
-
-
-def _is_buffer(model: nn.Module, name: str) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return leaf in model.get_submodule(path)._buffers
 
 
 def _to_meta(module: nn.Module, *, recurse: bool = True) -> None:

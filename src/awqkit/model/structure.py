@@ -75,7 +75,7 @@ class Fold:
     def why_not_together(self, consumers: Sequence[str]) -> str | None:
         """Why no one s can be searched for these of its consumers, or None: they read its channels in other orders."""
         first, *others = (self.channel_of[name] for name in consumers)
-        if all(torch.equal(first, other) for other in others):
+        if all(first is other or torch.equal(first, other) for other in others):
             return None
         return "its consumers read its channels in different orders, one s is searched for one"
 

@@ -8,7 +8,7 @@ products with a bfloat16 *output* are not positive definite any more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,13 +92,13 @@ def empty_statistics(
     num_channels: int, device: torch.device | str = "cpu", group_size: int | None = None
 ) -> Statistics:
     """Statistics of no tokens for an input of `num_channels`; group_size: for the gram's blocks of that size alone."""
-    zeros = torch.zeros(num_channels, device=device)
+    abs_sum, max_abs = torch.zeros(2, num_channels, device=device).unbind()
     none = torch.empty(0, num_channels, device=device)
     if group_size is None:
         gram = empty_gram(num_channels, device).gram
     else:
         gram = torch.zeros(num_channels // group_size, group_size, group_size, device=device)
-    return Statistics(0, 0.0, zeros, zeros.clone(), none, gram)
+    return Statistics(0, 0.0, abs_sum, max_abs, none, gram)
 
 
 def accumulate_(
@@ -114,15 +114,16 @@ def accumulate_(
     if tokens.shape[0] == 0:
         return statistics
     absolute = tokens.abs()
-    statistics.abs_sum.add_(absolute.sum(dim=0))
-    torch.maximum(statistics.max_abs, absolute.amax(dim=0), out=statistics.max_abs)
+    abs_sum, max_abs = absolute.sum(dim=0), absolute.amax(dim=0)
+    if statistics.token_count:
+        abs_sum, max_abs = statistics.abs_sum.add_(abs_sum), torch.maximum(statistics.max_abs, max_abs)
     weights = None if token_weight is None else real_tokens(token_weight.unsqueeze(-1), mask).squeeze(-1)
     summed = accumulate_gram_(Gram(statistics.weight_sum, statistics.gram), tokens, None, weights)
     return Statistics(
         statistics.token_count + tokens.shape[0],
         summed.weight_sum,
-        statistics.abs_sum,
-        statistics.max_abs,
+        abs_sum,
+        max_abs,
         _sampled(statistics.sample, tokens),
         summed.gram,
     )
@@ -175,6 +176,27 @@ def added_(first: Statistics, second: Statistics) -> Statistics:
         torch.cat([first.sample, second.sample]),
         summed.gram,
     )
+
+
+def all_added_(first: Mapping[str, Statistics], second: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """`added_` by name, of all of them at once where they lie on one device; both ones' buffers may be reused."""
+    pairs = [(found, second[name]) for name, found in first.items()]
+    if any(found.gram.device != other.gram.device for found, other in pairs):
+        return {name: added_(found, second[name]) for name, found in first.items()}
+    for values in ("gram", "abs_sum"):
+        torch._foreach_add_(
+            [getattr(found, values) for found, _ in pairs], [getattr(each, values) for _, each in pairs]
+        )
+    torch._foreach_maximum_([found.max_abs for found, _ in pairs], [other.max_abs for _, other in pairs])
+    return {
+        name: replace(
+            found,
+            token_count=found.token_count + other.token_count,
+            weight_sum=found.weight_sum + other.weight_sum,
+            sample=torch.cat([found.sample, other.sample]),
+        )
+        for name, (found, other) in zip(first, pairs, strict=True)
+    }
 
 
 def sampled_evenly(statistics: Statistics, parts: int) -> Statistics:

@@ -11,10 +11,10 @@ store     the values of everything that goes to disk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -306,26 +306,36 @@ def check_held_out(
     entered = (stream.quantized or stream.original).batches(context.index)
     original = stream.original.batches(context.index)
     both = ((part, *rest, *second) for (part, *rest), second in zip(original, entered, strict=True))
-
-    def of_parts() -> Iterator[list[float]]:
-        for batches in by_part(both, stream.original.own.ends):
-            totals, contribution = [0.0] * len(choices), 0.0
-            for part, hidden, call, mask, _, reached, own_call, _ in batches:
-                real = ... if mask is None else mask
-                with torch.no_grad():
-                    output, beside = hand_on(context.block, hidden, call)
-                    contribution += float((output - hidden)[real].square().sum())
-                    for position, choice in enumerate(choices):
-                        with weights_replaced(context, choice):
-                            found = hand_on(context.block, reached, own_call)
-                        if outputs:
-                            outputs[position].write(part, *found)
-                        totals[position] += float((found.hidden - output)[real].square().sum())
-                stream.original.write(part, output, beside)
-            yield [contribution, *totals]
-
-    contribution, *totals = summed_numbers(context.ranks, of_parts())
+    watches = [weights_replaced(context, choice) for choice in choices]
+    own: list[list[Tensor]] = []  # of each part the sums of its batches
+    for batches in by_part(both, stream.original.own.ends):
+        own.append([])
+        for part, hidden, call, mask, _, reached, own_call, _ in batches:
+            with torch.no_grad():
+                output, beside = hand_on(context.block, hidden, call)
+                of_batch = [_summed_squares(output - hidden, mask)]
+                for position, watch in enumerate(watches):
+                    with watch:
+                        found = hand_on(context.block, reached, own_call)
+                    if outputs:
+                        outputs[position].write(part, *found)
+                    of_batch.append(_summed_squares(found.hidden - output, mask))
+            stream.original.write(part, output, beside)
+            own[-1].append(torch.stack(of_batch))
+    told = iter(torch.stack([sums for part in own for sums in part]).tolist() if any(own) else ())  # waits only once
+    none = [0.0] * (1 + len(choices))
+    parts = (reduce(_added, (next(told) for _ in part), none) for part in own)
+    contribution, *totals = summed_numbers(context.ranks, parts)
     return tuple(total / max(contribution, torch.finfo(torch.float32).tiny) for total in totals), outputs
+
+
+def _summed_squares(difference: Tensor, mask: Tensor | None) -> Tensor:
+    """Over `[rows, tokens, ...]`, padding left out."""
+    return (difference if mask is None else difference[mask]).square().sum()
+
+
+def _added(first: list[float], second: list[float]) -> list[float]:
+    return [one + other for one, other in zip(first, second, strict=True)]
 
 
 def _result(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -53,9 +55,9 @@ _SEED_STRIDE = 1_000_003  # keeps the probes of block i and seed j apart
 
 def refuse_non_finite(context: BlockContext) -> None:
     """Raises CheckpointError naming the first tensor of the block with NaN or inf."""
-    finite = torch.stack([torch.isfinite(value).all() for value in context.parameters.values()]).tolist()
-    for (name, value), is_finite in zip(context.parameters.items(), finite, strict=True):
-        if not is_finite:
+    ends = torch.stack([end for value in context.parameters.values() for end in value.aminmax()]).tolist()
+    for (name, value), *both in zip(context.parameters.items(), ends[::2], ends[1::2], strict=True):
+        if not all(map(math.isfinite, both)):  # the least and the largest are NaN where any is
             parts = context.skeleton.parts(f"{context.block_plan.path}.{name}", value)
             wrong = (disk for disk, part in parts.items() if not bool(torch.isfinite(part).all()))
             disk = next(wrong, f"{context.block_plan.path}.{name}")  # shared, on disk under another block's name
@@ -134,7 +136,7 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
     views = context.structure.linears
     watched = {view.weight: context.weight(view.name) for view in views}
     generator = torch.Generator(context.device).manual_seed(context.recipe.seed * _SEED_STRIDE + context.index)
-    squares = {view.name: torch.zeros(view.shape[0], device=context.device) for view in views}
+    squares: dict[str, Tensor] = {}
     for part, hidden, call, mask in probe_rows.batches(context.index):
         outputs.clear()
         with torch.enable_grad(), LinearWatch(watched, after=after):
@@ -143,19 +145,21 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
         if mask is not None:
             noise = noise * mask.reshape(*mask.shape, *(1,) * (noise.dim() - 2))
         result.backward(noise.to(result.dtype))
-        for view in views:
-            felt = outputs[view.weight].grad if view.weight in outputs else None
-            if felt is not None:
-                squares[view.name] += felt.square().reshape(-1, view.shape[0]).mean(dim=0)
+        felt = {view.name: outputs[view.weight].grad for view in views if view.weight in outputs}
+        felt = {name: gradient for name, gradient in felt.items() if gradient is not None}
+        products = torch._foreach_mul(list(felt.values()), list(felt.values())) if felt else ()
+        for name, product in zip(felt, products, strict=True):
+            mean = product.reshape(-1, product.shape[-1]).mean(dim=0)
+            squares[name] = squares[name].add_(mean) if name in squares else mean
         probe_rows.write(part, result.detach(), beside)
-    felt_any = torch.stack([squares[view.name].any() for view in views]).tolist()
-    unfelt = {view.name for view, is_felt in zip(views, felt_any, strict=True) if not is_felt}
+    largest = torch.stack(torch._foreach_norm(list(squares.values()), math.inf)).tolist() if squares else ()
+    unfelt = {view.name for view in views} - {name for name, most in zip(squares, largest, strict=True) if most != 0}
     usual = usual_of_experts([view for view in views if view.name not in unfelt], squares)
     for view in views:
         if view.name in unfelt:
             key = (view.expert.experts, view.expert.part) if view.expert else None
-            squares[view.name] = torch.full_like(squares[view.name], usual.get(key, 1.0))
-    return squares
+            squares[view.name] = torch.full((view.shape[0],), usual.get(key, 1.0), device=context.device)
+    return {view.name: squares[view.name] for view in views}
 
 
 def observe(
@@ -268,6 +272,7 @@ class _Observer:
         self.found: dict[str, Statistics] = {}
         self._sums, self._device, self._kept = sums, context.device, kept
         self._counted_in: dict[str, list[str]] = {}
+        self._has_experts = any(entry.expert is not None for entry in context.structure.inputs)
         for each in sums:
             for first in each.readers:
                 self._counted_in.setdefault(first, []).append(each.name)
@@ -311,7 +316,8 @@ class _Observer:
                 self.found[each] = accumulate_(self.found[each], inputs, *counted)
 
         try:
-            with torch.no_grad(), picked, LinearWatch(self._watched, before=before):
+            follow = picked if self._has_experts else nullcontext()
+            with torch.no_grad(), follow, LinearWatch(self._watched, before=before):
                 return run()
         finally:
             if self._kept is not None:

@@ -14,9 +14,9 @@ from awqkit.numerics.statistics import (
     Gram,
     PairedStatistics,
     Statistics,
-    added_,
     added_gram_,
     added_paired_,
+    all_added_,
     sampled_evenly,
 )
 from awqkit.pipeline.free_memory import is_spare
@@ -36,13 +36,10 @@ def summed_statistics(
     its own sums, for which sums that wait go to the host.
     """
 
-    def added(first: dict[str, Statistics], second: dict[str, Statistics]) -> dict[str, Statistics]:
-        return {name: added_(found, second[name]) for name, found in first.items()}
-
     def short(part: Mapping[str, Statistics]) -> dict[str, Statistics]:
         return {name: sampled_evenly(found, own_parts * ranks.size) for name, found in part.items()}
 
-    own = in_pairs(map(short, parts), added, partial(_aside, reserved=reserved), own_parts)
+    own = in_pairs(map(short, parts), all_added_, partial(_aside, reserved=reserved), own_parts)
     if ranks.size == 1:
         return own
     grams = summed_grams(ranks, [{name: Gram(found.weight_sum, found.gram) for name, found in own.items()}], 1)
