@@ -12,6 +12,7 @@ nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zlib
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor
 
 from awqkit.checkpoint.header import TensorSpec, encode_header
-from awqkit.checkpoint.indented_json import indented_json
 from awqkit.checkpoint.output import DISK_FULL, disk_errors, refuse_existing, refuse_full_disk, refuse_parent
 from awqkit.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from awqkit.checkpoint.sync import sync_file, sync_folder
@@ -239,7 +239,7 @@ class CheckpointWriter:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes `value` as JSON file `name`, keys in the order given."""
-        self.write_text(name, indented_json(value) + "\n")
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copies the content of file `source` to `name`, relative to OUT; links are followed."""

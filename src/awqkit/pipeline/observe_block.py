@@ -55,8 +55,9 @@ _SEED_STRIDE = 1_000_003  # keeps the probes of block i and seed j apart
 
 def refuse_non_finite(context: BlockContext) -> None:
     """Raises CheckpointError naming the first tensor of the block with NaN or inf."""
-    ends = torch.stack([end for value in context.parameters.values() for end in value.aminmax()]).tolist()
-    for (name, value), *both in zip(context.parameters.items(), ends[::2], ends[1::2], strict=True):
+    values = {name: value for name, value in context.parameters.items() if value.numel()}
+    ends = torch.stack([end for value in values.values() for end in value.aminmax()]).tolist()
+    for (name, value), *both in zip(values.items(), ends[::2], ends[1::2], strict=True):
         if not all(map(math.isfinite, both)):  # the least and the largest are NaN where any is
             parts = context.skeleton.parts(f"{context.block_plan.path}.{name}", value)
             wrong = (disk for disk, part in parts.items() if not bool(torch.isfinite(part).all()))
