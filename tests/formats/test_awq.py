@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -72,16 +71,6 @@ class TestPack:
         assert specs["a.b.qzeros"] == (torch.int32, (2, 3))
         assert specs["a.b.scales"] == (torch.bfloat16, (2, 24))
         assert all(tensor.is_contiguous() for tensor in tensors.values())
-
-    def test_other_scales_change_nothing_but_what_is_packed_of_scales(self) -> None:
-        weight = quantize(random_weight(), 16, torch.bfloat16)
-        moved = replace(weight, grid=replace(weight.grid, group_scale=2 * weight.grid.group_scale))
-        changed = AWQ.pack_scales("m", moved, SCHEME, torch.bfloat16)
-        tensors = AWQ.pack("m", weight, SCHEME, torch.bfloat16) | changed
-        assert list(changed) == ["m.scales"]
-        expected = AWQ.pack("m", moved, SCHEME, torch.bfloat16)
-        assert list(tensors) == list(expected)
-        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
     def test_golden_tensors(self) -> None:
         codes = torch.arange(1, 9, dtype=torch.uint8)[:, None].expand(8, 16).contiguous()

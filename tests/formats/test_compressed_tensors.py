@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,17 +84,6 @@ class TestPack:
         ):
             assert torch.equal(found, expected) and found.dtype == expected.dtype
         assert (back.grid.bits, back.grid.group_size, back.grid.symmetric) == (bits, 16, symmetric)
-
-    @pytest.mark.parametrize("scheme", [*SCHEMES, W8A8], ids=str)
-    def test_other_scales_change_nothing_but_what_is_packed_of_scales(self, scheme: Scheme) -> None:
-        weight = quantized(scheme)
-        moved = replace(weight, grid=replace(weight.grid, group_scale=2 * weight.grid.group_scale))
-        changed = CT.pack_scales("m", moved, scheme, torch.bfloat16)
-        tensors = CT.pack("m", weight, scheme, torch.bfloat16) | changed
-        assert list(changed) == ["m.weight_scale"]
-        expected = CT.pack("m", moved, scheme, torch.bfloat16)
-        assert list(tensors) == list(expected)
-        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
     @pytest.mark.parametrize("scheme", [*SCHEMES, W8A8], ids=str)
     def test_tensors_are_as_the_specs_say(self, scheme: Scheme) -> None:

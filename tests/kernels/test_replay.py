@@ -113,6 +113,7 @@ def test_on_a_gpu_what_waits_too_much_or_what_is_large_runs_as_it_is(monkeypatch
     for work in (waits, hidden):
         assert [replays.call(work, x).tolist() for _ in range(3)] == [work(x).tolist()] * 3
     assert replays.num_captured == 0 and torch.cuda.current_stream() == usual
+    assert replays.why_not is not None and "waits for the device" in replays.why_not
     assert [replays.call(torch.neg, x).tolist() for _ in range(3)] == [[-1.0] * 4] * 3
     assert replays.num_captured == 1
     monkeypatch.setattr(replay, "MOST_VALUES", 3)

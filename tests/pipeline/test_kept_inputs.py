@@ -10,7 +10,7 @@ import torch
 from tiny_contexts import CPU, block_context, current, hidden_states, token_ids
 from tiny_models import tiny_model
 
-from awqkit.pipeline import kept_states
+from awqkit.pipeline import free_memory, kept_states
 from awqkit.pipeline.kept_inputs import KeptInputs
 from awqkit.pipeline.observe_block import observe
 from awqkit.pipeline.stopped_rows import StoppedRows
@@ -31,19 +31,18 @@ def test_they_are_what_the_block_run_again_gives(family: str, monkeypatch: pytes
     assert not list(tmp_path.glob(".awqkit-*"))
 
 
-@pytest.mark.parametrize(("host_bytes", "expected"), [(32, "pinned"), (31, "file")])
+@pytest.mark.parametrize(("host_bytes", "expected"), [(107, "pinned"), (106, "file")])
 def test_where_a_gpu_has_no_room_its_host_keeps_them_and_else_a_file(
     host_bytes: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def is_spare(needed: float, share: float, reserved: float, device: torch.device) -> bool:
-        return device.type == "cpu" and needed <= host_bytes
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: host_bytes if device.type == "cpu" else 0.0)
+    monkeypatch.setattr(free_memory, "_torch_has", lambda device: (0, 0))
 
     def empty(shape: torch.Size, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
         assert pin_memory
         return torch.zeros(shape, dtype=dtype)
 
     file = torch.ones(2, 4, dtype=torch.bfloat16)
-    monkeypatch.setattr(kept_states, "is_spare", is_spare)
     monkeypatch.setattr(kept_states, "_on_disk", lambda shape, folder, dtype: file)
     with monkeypatch.context() as only_here:
         only_here.setattr(torch, "empty", empty)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from awqkit import Recipe, RunOptions, quantize
+from awqkit.events import Event, Notice
 from awqkit.kernels import replay
 from awqkit.kernels.replay import Replays, WaitingRefused
 from awqkit.numerics import descent, gptq
@@ -74,6 +75,19 @@ def test_a_graph_can_hold_what_is_replayed(
     assert found.report.blocks == expected.report.blocks
     tensors = written(expected.directory)
     assert all(torch.equal(each, tensors[name]) for name, each in written(found.directory).items())
+
+
+def test_what_stood_in_the_way_of_a_graph_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Replays, function: Callable[..., Any], *given: Any) -> Any:
+        self.why_not = "an operator waits"
+        return function(*given)
+
+    monkeypatch.setattr(Replays, "call", refused)
+    told = list[Event]()
+    run_on(tiny_model("llama"), tmp_path, RECIPES["fast"], emit=told.append)
+    assert [each.text for each in told if isinstance(each, Notice) and "CUDA graphs" in each.text] == [
+        "some of the searches went without CUDA graphs, slower and with the same result: an operator waits"
+    ]
 
 
 @needs_cuda

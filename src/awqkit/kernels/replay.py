@@ -85,10 +85,13 @@ class Replays:
     """Calls functions, on a GPU those that were called alike before by replaying them. One thread's.
 
     What it holds of the device until `let_go`: a buffer for each shape that goes in, what comes out of each graph, and
-    one pool for all that is computed on the way.
+    one pool for all that is computed on the way. why_not: what stood in the way of the first graph that could not be
+    captured, None where nothing did. told: an error in words; the error itself would hold the tensors of its frames.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[BaseException], str] = str) -> None:
+        self.why_not: str | None = None
+        self._told = told
         self._known: dict[Hashable, _Replay | str] = {}
         self._buffers: dict[Hashable, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -137,11 +140,12 @@ class Replays:
             with torch.cuda.device(device), torch.cuda.stream(stream), WaitingRefused():
                 work()  # what a library sets up when it is first called, and what waits, come before the capture
                 found = _Replay(work, self._pool)
-        except torch.OutOfMemoryError:
-            self.let_go()
-            return _AS_IT_IS
-        except Exception:  # what stands in the way of a graph is no error of the work
-            self._pool = torch.cuda.graph_pool_handle()  # nobody knows in what state the other is
+        except Exception as error:  # what stands in the way of a graph is no error of the work
+            self.why_not = self.why_not or self._told(error)
+            if isinstance(error, torch.OutOfMemoryError):
+                self.let_go()
+            else:
+                self._pool = torch.cuda.graph_pool_handle()  # nobody knows in what state the other is
             return _AS_IT_IS
         usual.wait_stream(stream)
         return found

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from awqkit.model.block_calls import BlockCall, Carried, mapped, sharing
 from awqkit.model.skeleton import Skeleton
-from awqkit.pipeline.free_memory import is_spare
-from awqkit.pipeline.kept_states import HOST_SHARE, KeptBeside
+from awqkit.pipeline.free_memory import can_pin, is_spare
+from awqkit.pipeline.kept_states import KeptBeside
 from awqkit.pipeline.marked_states import MarkedStates
 from awqkit.pipeline.row_parts import OwnRows
 from awqkit.pipeline.saved_states import rows_of_pieces
@@ -248,5 +248,4 @@ def _place(shape: torch.Size, width: torch.Size, device: torch.device, num_strea
     fits = device.type == "cuda" and is_spare(size_bytes, _DEVICE_SHARE, reserved, device)
     if fits or device.type != "cuda":
         return torch.empty(*shape, *width, device=device)
-    pinned = is_spare(2 * size_bytes, HOST_SHARE, 0.0, torch.device("cpu"))  # copies of it are several times as fast
-    return torch.empty(*shape, *width, pin_memory=pinned)
+    return torch.empty(*shape, *width, pin_memory=can_pin(size_bytes, device))

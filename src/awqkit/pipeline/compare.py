@@ -153,7 +153,7 @@ def compare_recipes(
             emit(BlockFinished(index, skeleton.num_blocks, time.monotonic() - started, None, None, undone))
             emit(TaskAdvanced(_TASK, index + 1))
         emit(TaskFinished(_TASK))
-        course.across.replays.let_go()
+        course.across.let_go(emit)
         for lane in course.lanes:
             if lane.tunes:
                 _tune(course, lane, emit)

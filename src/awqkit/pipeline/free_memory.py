@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+_PINNED_SHARE = 0.3  # of the host's free memory
+
 
 def free_bytes(device: torch.device) -> float | None:
     """What a device, or the host for the CPU, can still give; None where the system does not tell."""
@@ -46,6 +48,14 @@ def is_spare(needed: float, share: float, reserved: float, device: torch.device)
         return free is not None and needed <= min(share * free, free - reserved)
 
     return (device.type == "cuda" and fits(_torch_has(device)[1])) or fits(free_bytes(device))
+
+
+def can_pin(num_bytes: float, device: torch.device) -> bool:
+    """Whether what a GPU has no room for may lie in pinned memory of its host, which copies go to and from fast.
+
+    torch takes whole powers of two of it, and keeps them.
+    """
+    return device.type == "cuda" and is_spare(2 * num_bytes, _PINNED_SHARE, 0.0, torch.device("cpu"))
 
 
 def _index(device: torch.device) -> int:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from awqkit.checkpoint.output import refuse_full_disk
 from awqkit.model.block_calls import Carried, leaves, mapped
-from awqkit.pipeline.free_memory import is_spare
+from awqkit.pipeline.free_memory import can_pin, is_spare
 
 SCRATCH = "temporary files of the run (TMPDIR) need"
 _DEVICE_SHARE = 0.3  # of the free device memory
-HOST_SHARE = 0.3  # of the host's, for a GPU; torch takes whole powers of two of pinned memory, and keeps them
 
 
 def kept_states(
@@ -28,7 +27,7 @@ def kept_states(
     needed_bytes = dtype.itemsize * sum(shape.numel() for shape in shapes)
     if device.type == "cuda" and is_spare(needed_bytes, _DEVICE_SHARE, reserved, device):
         return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-    if device.type == "cuda" and is_spare(2 * needed_bytes, HOST_SHARE, 0.0, torch.device("cpu")):
+    if can_pin(needed_bytes, device):
         return [torch.empty(shape, dtype=dtype, pin_memory=True) for shape in shapes]
     folder = Path(tempfile.gettempdir())
     refuse_full_disk(folder, needed_bytes, SCRATCH)  # else writing to the mapped file would end the process
@@ -46,8 +45,8 @@ def taken(kept: Tensor, device: torch.device) -> Tensor:
 
 
 def on_host(values: Tensor) -> Tensor:
-    """A copy on the host: in pinned memory where there is room, which is copied to and from several times as fast."""
-    if not values.is_cuda or not is_spare(2 * values.nbytes, HOST_SHARE, 0.0, torch.device("cpu")):
+    """A copy on the host, pinned where that is possible."""
+    if not can_pin(values.nbytes, values.device):
         return values.cpu()
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
 

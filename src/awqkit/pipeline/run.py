@@ -169,7 +169,7 @@ def run(
         writes.wait()
         clock.enter("")
     emit(TaskFinished(_TASK))
-    job.across.replays.let_go()
+    job.across.let_go(emit)
     if start is not None and streams is not None:
         clock.enter("tune")
         whole = streams_to_tune(ranks, streams)
@@ -198,7 +198,7 @@ def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None
         finally:
             job.skeleton.release_block(index)
         follow_block(ranks, streams)
-    job.across.replays.let_go()
+    job.across.let_go(ignore_events)
     if tunes:
         streams_to_tune(ranks, streams)
 
