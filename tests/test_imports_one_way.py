@@ -25,13 +25,13 @@ LEVELS = (
     ("numerics",),
     ("kernels",),
     ("recipe", "options", "decisions", "events"),
-    ("errors",),
+    ("errors", "imports"),
 )
 LEVEL_OF = {unit: depth for depth, units in enumerate(LEVELS) for unit in units}
 
 # Units that may see less than their level allows.
 SEES_ONLY = {
-    "cli": {"cli", "api", "recipe", "options", "events", "errors"},
+    "cli": {"cli", "api", "recipe", "options", "events", "errors", "imports"},
     "numerics": {"numerics", "kernels"},
     "kernels": {"kernels"},
 }

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from awqkit.cli.failure import CommandLineError
 from awqkit.errors import OutputError, UsageError
+from awqkit.imports import importing
 from awqkit.options import RunOptions
 
 _MAX_WIDTH = 100
@@ -140,7 +141,8 @@ def check_device(device: str) -> None:
     """Raise UsageError for a CUDA device that is not there. Imports torch to see, which takes seconds."""
     if not device.startswith("cuda"):
         return
-    import torch
+    with importing():
+        import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(device.partition(":")[2] or 0)

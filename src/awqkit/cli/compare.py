@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from awqkit.api.contenders import DEFAULT_BITS, METHODS
 from awqkit.cli.arguments import Parser, add_run_options, check_device, one_of, run_options, whole_number, write_json
 from awqkit.cli.console import Console, table
+from awqkit.imports import importing
 from awqkit.recipe import DEFAULT_GROUP_SIZES, PER_CHANNEL, Recipe
 
 if TYPE_CHECKING:
@@ -123,8 +124,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
     options = run_options(args)
     with console.listening() as emit:
         check_device(args.device)
-        from awqkit.api.compare import compare
-        from awqkit.api.report_page import check_report_path, write_report
+        with importing():
+            from awqkit.api.compare import compare
+            from awqkit.api.report_page import check_report_path, write_report
 
         if args.report is not None:
             check_report_path(args.report)

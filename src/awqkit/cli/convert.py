@@ -8,6 +8,7 @@ from pathlib import Path
 
 from awqkit.cli.arguments import Parser, one_of
 from awqkit.cli.console import Console, size_text
+from awqkit.imports import importing
 from awqkit.options import RunOptions
 from awqkit.recipe import FORMAT_NAMES
 
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     """Convert as `args` say and print where the result is. Raises AwqkitError."""
     options = RunOptions(overwrite=args.overwrite, trust_remote_code=args.trust_remote_code)
     with console.listening() as emit:
-        from awqkit.api.convert import convert
+        with importing():
+            from awqkit.api.convert import convert
 
         result = convert(args.model, args.out, args.format, options=options, emit=emit)
     size = size_text(sum(path.stat().st_size for path in result.directory.rglob("*") if path.is_file()))

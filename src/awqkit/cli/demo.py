@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from awqkit.cli.arguments import Parser, add_run_options, check_device, one_of, run_options, write_json
 from awqkit.cli.console import Console, size_text, table
 from awqkit.errors import UsageError
+from awqkit.imports import importing
 
 if TYPE_CHECKING:
     from awqkit.api.demo import DemoResult
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     options = run_options(args, overwrite=args.overwrite or args.out is None)
     with console.listening() as emit:
         check_device(args.device)
-        from awqkit.api.demo import demo
+        with importing():
+            from awqkit.api.demo import demo
 
         result = demo(args.model, out, options=options, emit=emit)
     console.result(_table_text(result))

@@ -15,6 +15,7 @@ from awqkit.cli.arguments import (
     write_json,
 )
 from awqkit.cli.console import Console
+from awqkit.imports import importing
 
 if TYPE_CHECKING:
     from awqkit.api.evaluate import Evaluation
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     options = run_options(args)
     with console.listening() as emit:
         check_device(args.device)
-        from awqkit.api.evaluate import evaluate
+        with importing():
+            from awqkit.api.evaluate import evaluate
 
         scores = evaluate(
             args.model,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from awqkit.cli.arguments import Parser, add_run_options, check_device, run_options, write_json
 from awqkit.cli.console import Console, table
+from awqkit.imports import importing
 
 if TYPE_CHECKING:
     from awqkit.api.folds import FoundFold, FoundFolds, FoundKind
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     """Look as `args` say and print. Raises AwqkitError."""
     options = run_options(args)
     check_device(args.device)
-    from awqkit.api.folds import folds
+    with importing():
+        from awqkit.api.folds import folds
 
     with console.listening() as emit:
         found = folds(args.model, random_weights=args.random, options=options, emit=emit)

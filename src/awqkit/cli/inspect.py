@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from awqkit.cli.arguments import Parser, check_json_path, write_json
 from awqkit.cli.console import Console, table
+from awqkit.imports import importing
 
 if TYPE_CHECKING:
     from awqkit.api.inspect import Inspection
@@ -53,7 +54,8 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace, console: Console) -> None:
     """Inspect as `args` say and print. Raises AwqkitError."""
     check_json_path(args.json)
-    from awqkit.api.inspect import inspect
+    with importing():
+        from awqkit.api.inspect import inspect
 
     found = inspect(args.directory)
     write_json(args.json, found.to_json())

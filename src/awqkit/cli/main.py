@@ -10,6 +10,7 @@ Nothing here or in a verb's parser imports torch: help and wrong use answer at o
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -43,6 +44,14 @@ start here:
   awqkit quantize MODEL OUT    your own model: a folder or a hub id
   awqkit quantize --help       every verb explains itself with examples
 """
+
+
+def command() -> int:
+    """`main` for a process of its own, which returns to nothing but its end."""
+    try:
+        return main()
+    finally:
+        gc.freeze()  # else Python looks through all that torch and transformers hold once more: a second
 
 
 def main(argv: Sequence[str] | None = None) -> int:

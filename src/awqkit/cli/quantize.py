@@ -22,6 +22,7 @@ from awqkit.cli.console import Console, size_text, table
 from awqkit.cli.progress import clock_text
 from awqkit.cli.recipe_flags import add_recipe_options, recipe_from, unused_flags
 from awqkit.events import BlockFinished, Event, Notice
+from awqkit.imports import importing
 from awqkit.options import RunOptions
 
 if TYPE_CHECKING:
@@ -139,7 +140,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
             emit(Notice(text))
         check_device(args.device)
         if args.estimate:
-            from awqkit.api.estimate import estimate
+            with importing():
+                from awqkit.api.estimate import estimate
 
             found = estimate(args.model, args.out, recipe, options=options, emit=emit)
     if args.estimate:
@@ -147,7 +149,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         write_json(args.json, found.to_json())
         return
     with console.listening() as emit:
-        from awqkit.api.quantize import quantize
+        with importing():
+            from awqkit.api.quantize import quantize
 
         result = quantize(args.model, args.out, recipe, options=options, report_page=args.report, emit=count)
     if console.follows:

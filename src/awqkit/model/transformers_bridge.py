@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from awqkit.errors import CheckpointError, ModelError, gist
+from awqkit.imports import importing
 from awqkit.numerics.draw import draw_chances, drawn_tokens
 
 
@@ -39,7 +40,8 @@ class TextEncoder:
 
 def load_text_encoder(directory: Path, *, trust_remote_code: bool = False) -> TextEncoder:
     """The checkpoint's tokenizer. Raises CheckpointError where there is none that transformers can load."""
-    from transformers import AutoTokenizer
+    with importing():
+        from transformers import AutoTokenizer
 
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise CheckpointError(
@@ -81,7 +83,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     Raises CheckpointError where the folder brings its own modelling code and that was not allowed, or where
     transformers does not know the architecture.
     """
-    from transformers import AutoConfig
+    with importing():
+        from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -120,9 +123,10 @@ def empty_model(config: Any, *, trust_remote_code: bool = False, experts_apart: 
 
 
 def _build_empty(config: Any, attention: str, trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    with importing():
+        from transformers import AutoModelForCausalLM
 
-    own = _class_of_part(config)
+        own = _class_of_part(config)
     with _parameters_on_meta():
         if own is None:
             model = AutoModelForCausalLM.from_config(
