@@ -39,7 +39,7 @@ SEES_ONLY = {
 KEPT_BY = {"transformers": "model", "safetensors": "checkpoint", "rich": "cli", "triton": "kernels"}
 # And parts of packages that one module does.
 KEPT_BY_MODULE = {"torch.distributed": "awqkit.pipeline.ranks"}
-PURE_MODULES = {"torch", "math", "dataclasses", "functools", "collections", "typing", "__future__"}
+PURE_MODULES = {"torch", "math", "dataclasses", "functools", "collections", "contextlib", "typing", "__future__"}
 FAST_BODIES = {"triton", "importlib"}  # what a kernel's body for another device is written in, and asked for
 VAGUE_WORDS = {"utils", "util", "common", "misc", "manager"}
 

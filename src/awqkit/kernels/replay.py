@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from awqkit.kernels.capture import beside_usual_stream
+
 Result = TypeVar("Result")
 
 # Of all tensors that go into a graph, 64 MB of float32: what a GPU computes with more takes it longer than the launches
@@ -130,14 +132,11 @@ class Replays:
         device = tensors[0].device
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        stream, usual = self._stream, torch.cuda.current_stream(device)
         try:
             inputs = [self._buffer(number, each) for number, each in enumerate(tensors)]
             torch._foreach_copy_(inputs, list(tensors))
-            stream.wait_stream(usual)
             work = _Work(function, form, inputs)
-            # around all of it: a capture that fails leaves its stream the current one
-            with torch.cuda.device(device), torch.cuda.stream(stream), WaitingRefused():
+            with beside_usual_stream(device, self._stream), WaitingRefused():
                 work()  # what a library sets up when it is first called, and what waits, come before the capture
                 found = _Replay(work, self._pool)
         except Exception as error:  # what stands in the way of a graph is no error of the work
@@ -147,7 +146,6 @@ class Replays:
             else:
                 self._pool = torch.cuda.graph_pool_handle()  # nobody knows in what state the other is
             return _AS_IT_IS
-        usual.wait_stream(stream)
         return found
 
     def _buffer(self, number: int, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from awqkit.errors import AwqkitError, ModelError, first_error, gist
-from awqkit.model.device_waits import waiting_refused
+from awqkit.kernels.capture import beside_usual_stream, captured, waiting_refused
 from awqkit.model.transformers_bridge import fixed_cache, quiet_transformers
 from awqkit.numerics.draw import draw_chances, drawn_tokens
 
@@ -94,17 +94,11 @@ class Decoding:
 
     def capture(self) -> None:
         """Replay a captured step from now on. Raises what stands in the way."""
-        device = self.tokens.device
-        stream, usual, graph = torch.cuda.Stream(device), torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
-        stream.wait_stream(usual)
-        # around all of it: a capture that fails leaves its stream the current one
-        with torch.cuda.device(device), torch.cuda.stream(stream):
+        with beside_usual_stream(self.tokens.device):
             self._step()  # makes the cache, which waits
             with waiting_refused():
                 self._step()
-            with torch.cuda.graph(graph, stream=stream):
-                self._step()
-        usual.wait_stream(stream)
+            graph, _ = captured(self._step)
         self.restart()
         self._graph = graph
 

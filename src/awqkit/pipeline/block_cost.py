@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from awqkit.kernels.capture import replayed
 from awqkit.model.block_calls import hand_on
-from awqkit.model.device_waits import replayed
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.block_step import BlockResult, quantize_block
 from awqkit.pipeline.captured_pass import BlocksPass

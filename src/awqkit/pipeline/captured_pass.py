@@ -7,13 +7,14 @@ graph is launched as one. The head stays outside: it is run between the two, as 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from awqkit.errors import first_error, gist
+from awqkit.kernels.capture import beside_usual_stream, captured, waiting_refused
 from awqkit.model.block_calls import BlockCall, Carried
-from awqkit.model.device_waits import waiting_refused
 from awqkit.pipeline.tunable_block import TunableBlock
 
 
@@ -62,24 +63,14 @@ class _CapturedPass:
     def __init__(self, blocks: Sequence[TunableBlock], hidden: Tensor, calls: Sequence[BlockCall]) -> None:
         self._calls, self._hidden = calls, hidden.clone()
         self._leaves = [leaf for block in blocks for leaf in block.leaves]
-        self._there, self._back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        device = hidden.device
-        stream, usual = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-        stream.wait_stream(usual)
-        # around all of it: a capture that fails leaves its stream the current one
-        with torch.cuda.device(device), torch.cuda.stream(stream), torch.enable_grad():
+        with beside_usual_stream(hidden.device), torch.enable_grad():
             with waiting_refused():  # what waits for the device is found before a capture that it would break
                 output = _through(blocks, self._hidden, calls)
                 self._felt = torch.zeros_like(output)
                 self._gradients(output)
             del output  # with the nodes of its graph, so that the capture has its own
-            with torch.cuda.graph(self._there, stream=stream, capture_error_mode="thread_local"):
-                output = _through(blocks, self._hidden, calls)
-            with torch.cuda.graph(
-                self._back, pool=self._there.pool(), stream=stream, capture_error_mode="thread_local"
-            ):
-                self._found = self._gradients(output)
-        usual.wait_stream(stream)
+            self._there, output = captured(partial(_through, blocks, self._hidden, calls))
+            self._back, self._found = captured(partial(self._gradients, output), self._there.pool())
         self.output = output.detach()
 
     def _gradients(self, output: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from awqkit.errors import first_error
-from awqkit.model.device_waits import replayed
+from awqkit.kernels.capture import replayed
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
