@@ -13,9 +13,10 @@ import torch
 from tiny_folders import add_tokenizer, change_config, make_model
 
 from awqkit import Recipe, RunOptions, compare, evaluate, quantize
+from awqkit.api import refuse
 from awqkit.api.compare import Comparison, ComparisonRow
 from awqkit.api.contenders import METHODS, contender_recipes
-from awqkit.errors import CalibrationError, CheckpointError, FormatError, UsageError
+from awqkit.errors import CalibrationError, CheckpointError, FormatError, NoRoomError, UsageError
 from awqkit.events import BlockFinished, Caution, Event, Notice, TaskStarted
 from awqkit.pipeline.tune import STEPPING
 
@@ -200,6 +201,15 @@ def test_wrong_use_is_one_line_before_work(
 def test_a_text_given_twice_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="was given twice"):
         _compare(folder, ("rtn",), text=[folder / "far.txt", folder / "far.txt"])
+
+
+@pytest.mark.parametrize(("free", "line"), [(1e5, "its weights in float32"), (3e5, "one calibration row")])
+def test_a_block_that_does_not_fit_is_refused(
+    free: float, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refuse, "free_bytes", lambda device: free)
+    with pytest.raises(NoRoomError, match=line):
+        _compare(folder, ("rtn", "gptq"), bits=(4,))
 
 
 def test_models_that_cannot_be_compared(folder: Path, tmp_path: Path) -> None:

@@ -13,14 +13,17 @@ from tiny_models import NUM_BLOCKS, WeightsOf, tiny_model
 from torch import Tensor
 
 from awqkit import Recipe
-from awqkit.errors import CheckpointError
-from awqkit.events import BlockFinished, Event, TaskAdvanced, TaskStarted, ignore_events
+from awqkit.errors import CheckpointError, NoRoomError
+from awqkit.events import BlockFinished, Caution, Event, TaskAdvanced, TaskStarted, ignore_events
 from awqkit.formats.format import FORMATS
 from awqkit.model.skeleton import Skeleton
-from awqkit.pipeline import block_step
+from awqkit.pipeline import block_step, smaller_batches
 from awqkit.pipeline import compare as compare_module
-from awqkit.pipeline.activations import TokenRows
-from awqkit.pipeline.compare import Compared, CompareRows, Contender, LearningRows, compare_recipes
+from awqkit.pipeline import course as course_module
+from awqkit.pipeline.activations import HiddenStates, TokenRows
+from awqkit.pipeline.block_memory import block_memory
+from awqkit.pipeline.compare import Compared, compare_recipes
+from awqkit.pipeline.course import CompareRows, Contender, LearningRows
 from awqkit.pipeline.plan import look_at, plan_linears
 from awqkit.pipeline.quantized_block import advance
 from awqkit.pipeline.tune import STEPPING
@@ -58,7 +61,7 @@ def _compare(
 def _alone(model: Any, recipe: Recipe) -> Tensor:
     """The evaluation rows after the last block, by the steps of a run of this recipe alone."""
     skeleton = Skeleton(model.config, WeightsOf(model))
-    states = compare_module.HiddenStates(skeleton, TokenRows(MEASURED), CPU)
+    states = HiddenStates(skeleton, TokenRows(MEASURED), CPU)
     kept: list[Any] = []
     quantize = block_step.quantize_observed
 
@@ -123,6 +126,68 @@ def test_every_block_is_read_once_and_observed_once_however_many_recipes(monkeyp
     assert loaded == [0, *range(NUM_BLOCKS)]  # the first for discovery
     assert observed == list(range(NUM_BLOCKS))
     assert live == 0
+
+
+RUN_OUT = {name: RECIPES[name] for name in ("rtn", "fast", "balanced")} | {
+    "tuned": Recipe.preset("balanced", group_size=GROUP, generated=0.0)
+}
+
+
+def _with_batches(tokens: int, monkeypatch: pytest.MonkeyPatch, *given: Any) -> Compared:
+    with monkeypatch.context() as patch:
+        patch.setattr(course_module, "fitting_tokens", lambda *ignored: tokens)
+        return _compare(tiny_model("llama"), RUN_OUT, *given)
+
+
+def test_a_block_that_runs_out_of_memory_begins_again_for_every_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last recipe of a block runs out once, all is as with batches of half as many from the first block."""
+    expected = _with_batches(2 * 24, monkeypatch)
+    began, events = [], list[Event]()
+    check = block_step.check_held_out
+
+    def failing(context: Any, *rest: Any) -> Any:
+        began.append(context.index)
+        found = check(context, *rest)
+        if began == 3 * [0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return found
+
+    monkeypatch.setattr(smaller_batches, "may_run_out", lambda device: True)
+    monkeypatch.setattr(block_step, "check_held_out", failing)
+    found = _with_batches(4 * 24, monkeypatch, events.append)
+    assert began == 6 * [0] + 3 * [1]
+    told = [each.text for each in events if isinstance(each, Caution)]
+    assert told == ["model.layers.0: cpu ran out of memory; begun again with 48 tokens at a time"]
+    assert found.num_fallbacks == expected.num_fallbacks
+    for label, one, other in zip(RUN_OUT, found.reached, expected.reached, strict=True):
+        assert torch.equal(current(one), current(other)), label
+    assert torch.equal(current(found.original), current(expected.original))
+
+
+def test_where_one_row_does_not_fit_a_comparison_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: Any, **more: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(smaller_batches, "may_run_out", lambda device: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(block_step, "check_held_out", failing)
+        with pytest.raises(NoRoomError, match=r"model.layers.0 does not fit .* GB are needed"):
+            _with_batches(2 * 24, monkeypatch)
+    monkeypatch.setattr(course_module, "start_streams", failing)
+    with pytest.raises(NoRoomError, match=r"the model does not fit .* GB are needed"):
+        _with_batches(2 * 24, monkeypatch)
+
+
+def test_batches_fit_the_recipe_that_needs_the_most_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    skeleton = Skeleton(model.config, WeightsOf(model))
+    awq, recipe = FORMATS["awq"], RECIPES["balanced"]
+    found_blocks = look_at(skeleton, CPU)
+    plan = plan_linears(skeleton, found_blocks, recipe, torch.bfloat16, awq.why_not_held, awq.fused_partners)
+    needed = block_memory(skeleton, plan, recipe)
+    monkeypatch.setattr(course_module, "free_bytes", lambda device: needed.fixed + 2 * 64 * needed.token)
+    found = _compare(model, {name: RECIPES[name] for name in ("rtn", "fast", "balanced")})
+    assert found.original.tokens_per_batch == 64
 
 
 def test_recipes_that_weigh_tokens_are_observed_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from awqkit.decisions import ENOUGH_TOKENS
 from awqkit.events import ignore_events
 from awqkit.formats.format import FORMATS
 from awqkit.numerics.statistics import Statistics, second_moment
-from awqkit.pipeline import block_step, compare, observe_block, search_block, smaller_batches
+from awqkit.pipeline import block_step, compare, course, observe_block, search_block, smaller_batches
 from awqkit.pipeline.activations import TokenRows
 from awqkit.pipeline.block_memory import BlockMemory, block_memory, fitting_experts
 from awqkit.pipeline.block_statistics import BlockStatistics
@@ -307,16 +307,16 @@ def test_a_comparison_goes_by_chunks_too(tmp_path: Path, monkeypatch: pytest.Mon
         found, contenders = look_at(skeleton, CPU), []
         for label, recipe in recipes.items():
             plan = plan_linears(skeleton, found, recipe, torch.bfloat16, awq.why_not_held, awq.fused_partners)
-            contenders.append(compare.Contender(label, recipe, plan))
-        learning = compare.LearningRows(TokenRows(token_ids(ROWS, 24)), TokenRows(token_ids(4, 24, seed=1)))
+            contenders.append(course.Contender(label, recipe, plan))
+        learning = course.LearningRows(TokenRows(token_ids(ROWS, 24)), TokenRows(token_ids(4, 24, seed=1)))
         measured = TokenRows(token_ids(5, 16, seed=2))
-        rows = compare.CompareRows({recipe.own_text: learning for recipe in recipes.values()}, measured)
+        rows = course.CompareRows({recipe.own_text: learning for recipe in recipes.values()}, measured)
         return [
             current(each) for each in compare.compare_recipes(skeleton, contenders, rows, CPU, ignore_events).reached
         ]
 
     whole = reached()
-    monkeypatch.setattr(compare, "fitting_experts", lambda *given: 3)
+    monkeypatch.setattr(course, "fitting_experts", lambda *given: 3)
     made = _chunks_made(monkeypatch)
     assert all(map(torch.equal, reached(), whole))
     assert len(made) == NUM_BLOCKS * 2 * 2  # chunks for the one recipe and for the other

@@ -22,7 +22,7 @@ from awqkit.api.entries import Entry, entries_for, original_bits
 from awqkit.api.evaluate import text_windows
 from awqkit.api.generated_rows import with_generated
 from awqkit.api.given_model import GivenModel, find_given, given_name, open_given
-from awqkit.api.refuse import refuse_unknown_tokens
+from awqkit.api.refuse import refuse_large_block, refuse_large_weights, refuse_unknown_tokens
 from awqkit.calibration.sources import Documents, read_documents
 from awqkit.decisions import CalibrationSummary, as_json
 from awqkit.errors import UsageError
@@ -33,7 +33,8 @@ from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import TextEncoder
 from awqkit.options import RunOptions
 from awqkit.pipeline.activations import HiddenStates, TokenRows
-from awqkit.pipeline.compare import EVALUATE, Compared, CompareRows, LearningRows, compare_recipes
+from awqkit.pipeline.compare import EVALUATE, Compared, compare_recipes
+from awqkit.pipeline.course import CompareRows, LearningRows
 from awqkit.pipeline.ranks import asked_size
 
 DEFAULT_WINDOWS = 32
@@ -127,11 +128,15 @@ def compare(
     skeleton, encoder = given.skeleton, given.encoder()
     if given.caution is not None:
         emit(Caution(given.caution))
+    refuse_large_weights(skeleton, device)
     texts = _texts(text, calibration, encoder, seq_len, windows, emit)
     evaluation = TokenRows(torch.cat([each.windows for each in texts]))
     refuse_unknown_tokens(evaluation, skeleton, "text")
     rows = _calibration_rows(named, calibration, encoder, exclude_modules, skeleton, emit)
     entered, skipped = entries_for(given.source, skeleton, named, device)
+    for each in (entry.contender for entry in entered):
+        if rows is not None and each.recipe.needs_calibration:
+            refuse_large_block(skeleton, each.plan, each.recipe, rows.calibration.ids.shape[1], device)
     for line in skipped:
         emit(Caution(line))
     generating = time.monotonic()

@@ -28,7 +28,8 @@ from awqkit.evaluation.load import load_checkpoint
 from awqkit.events import Emit, ignore_events
 from awqkit.model.transformers_bridge import load_text_encoder
 from awqkit.options import RunOptions
-from awqkit.pipeline.compare import OBSERVE, START
+from awqkit.pipeline.compare import OBSERVE
+from awqkit.pipeline.course import START
 from awqkit.recipe import DEFAULT_QUALITY, Recipe
 
 _SEQ_LEN = 512

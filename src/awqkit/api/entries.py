@@ -16,7 +16,7 @@ from awqkit.formats.format import FORMATS, Format, format_for
 from awqkit.formats.scheme import Scheme
 from awqkit.model.matrices import parameter_of
 from awqkit.model.skeleton import Skeleton
-from awqkit.pipeline.compare import Contender
+from awqkit.pipeline.course import Contender
 from awqkit.pipeline.plan import RunPlan, look_at, plan_linears
 from awqkit.recipe import Recipe
 

@@ -18,7 +18,13 @@ from awqkit.api.device import choose_device, ranks_device, wake
 from awqkit.api.fingerprint import changed_environment, environment, fingerprint, refuse_changed
 from awqkit.api.generated_rows import OwnText, own_text, with_generated
 from awqkit.api.given_model import GivenModel, find_given, given_name, open_given
-from awqkit.api.refuse import refuse_full_scratch, refuse_small_memory, refuse_too_few, refuse_unknown_tokens
+from awqkit.api.refuse import (
+    refuse_full_scratch,
+    refuse_large_block,
+    refuse_large_weights,
+    refuse_too_few,
+    refuse_unknown_tokens,
+)
 from awqkit.api.refuse_plain import refuse_padded
 from awqkit.api.report_page import check_report_path, write_report
 from awqkit.checkpoint.output import refuse_output
@@ -38,7 +44,6 @@ from awqkit.model.skeleton import Skeleton
 from awqkit.model.transformers_bridge import library_versions
 from awqkit.options import RunOptions
 from awqkit.pipeline.activations import TokenRows
-from awqkit.pipeline.block_memory import block_memory, block_weights
 from awqkit.pipeline.durable_points import DurablePoints, durable_bytes, scratch_bytes, written_before
 from awqkit.pipeline.free_memory import device_memory_at_most
 from awqkit.pipeline.layout import OutputLayout, plan_output
@@ -111,12 +116,10 @@ def planned_run(
         refuse_too_few(rows.calibration, ranks.size)
         emit(Notice(rows_text(rows.summary)))
     stored_dtype = stored_dtype_of(source, recipe)
-    refuse_small_memory(block_weights(skeleton), "its weights in float32", device)  # which a look at it takes
+    refuse_large_weights(skeleton, device)
     plan = plan_run(skeleton, recipe, stored_dtype, device, written.why_not_held, *_reader_rules(written, is_plain))
     if rows is not None:
-        tokens = rows.calibration.ids.shape[1]
-        least = min(block_memory(skeleton, plan, recipe, at_once).least(tokens) for at_once in (None, 1))
-        refuse_small_memory(least, "weights and statistics in float32, one calibration row", device)
+        refuse_large_block(skeleton, plan, recipe, rows.calibration.ids.shape[1], device)
     if recipe.group_size is None and plan.group_size != 128:
         emit(Notice(f"groups of {plan.group_size}: 128 does not divide every linear's input"))
     scheme = Scheme.of(recipe, plan.group_size)

@@ -13,8 +13,11 @@ from awqkit.checkpoint.reader import Checkpoint
 from awqkit.errors import CalibrationError, CheckpointError, NoRoomError
 from awqkit.model.skeleton import Skeleton
 from awqkit.pipeline.activations import TokenRows
+from awqkit.pipeline.block_memory import block_memory, block_weights
 from awqkit.pipeline.free_memory import free_bytes
 from awqkit.pipeline.kept_states import SCRATCH
+from awqkit.pipeline.plan import RunPlan
+from awqkit.recipe import Recipe
 
 FULL_PRECISION = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -56,8 +59,21 @@ def refuse_unknown_tokens(rows: TokenRows, skeleton: Skeleton, what: str = "cali
         )
 
 
-def refuse_small_memory(needed: int, parts: str, device: torch.device) -> None:
-    """Raises NoRoomError where fewer than `needed` bytes are free. parts: what of one block they are for."""
+def refuse_large_weights(skeleton: Skeleton, device: torch.device) -> None:
+    """Raises NoRoomError where a block's own weights, which even a look at it takes, do not fit."""
+    _refuse_small_memory(block_weights(skeleton), "its weights in float32", device)
+
+
+def refuse_large_block(
+    skeleton: Skeleton, plan: RunPlan, recipe: Recipe, tokens_per_row: int, device: torch.device
+) -> None:
+    """Raises NoRoomError where what the recipe needs in a block does not fit beside a single calibration row."""
+    memories = (block_memory(skeleton, plan, recipe, at_once) for at_once in (None, 1))
+    least = min(memory.least(tokens_per_row) for memory in memories)
+    _refuse_small_memory(least, "weights and statistics in float32, one calibration row", device)
+
+
+def _refuse_small_memory(needed: int, parts: str, device: torch.device) -> None:
     free = free_bytes(device)
     if free is not None and needed > free:
         raise NoRoomError(

@@ -258,7 +258,7 @@ def _streams(
     if job.recipe.sensitivity != "none":
         emit(TaskFinished(_GRADIENT_TASK))
     for _ in range(halved):
-        halve(streams, job.skeleton)
+        halve(streams.named.values(), job.skeleton)
     return streams
 
 
@@ -305,7 +305,7 @@ def _one_block(
     def quantized() -> tuple[BlockContext, BlockResult]:
         stage("read")
         if streams is not None and job.ranks.size == 1:  # several ranks cannot begin again one by one
-            begin_block(streams, job.device)
+            begin_block(streams.named.values(), job.device)
         context = block_context(job, index, job.skeleton.load_block(index, job.device, ahead.read))
         ahead.ask(index + 1)
         return context, quantize_block(context, streams, stage)
@@ -316,7 +316,7 @@ def _one_block(
         if streams is None:
             return None
         memory, rows = job.memory, streams.calibration.original
-        if not halve(streams, job.skeleton):
+        if not halve(streams.named.values(), job.skeleton):
             raise no_room(job.plan.blocks[index].path, memory, rows.shape[1], job.device)
         points.note_halved()
         return rows.tokens_per_batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 import torch
@@ -11,8 +11,8 @@ import torch
 from awqkit.errors import NoRoomError
 from awqkit.events import Caution, Emit
 from awqkit.model.skeleton import Skeleton
+from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.block_memory import BlockMemory
-from awqkit.pipeline.context import Streams
 from awqkit.pipeline.free_memory import free_bytes
 
 Result = TypeVar("Result")
@@ -34,10 +34,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _ALLOCATION_FAILED)
 
 
-def begin_block(streams: Streams, device: torch.device) -> None:
-    """Mark the streams at a block's input, where memory may run out inside it."""
+def begin_block(moving: Iterable[HiddenStates], device: torch.device) -> None:
+    """Mark all that moves through a block at its input, where memory may run out inside it."""
     if may_run_out(device):
-        for states in streams.named.values():
+        for states in moving:
             states.mark()
 
 
@@ -64,13 +64,13 @@ def run_again(
         emit(Caution(f"{what}: {device.type} ran out of memory; begun again with {tokens} tokens at a time"))
 
 
-def halve(streams: Streams, skeleton: Skeleton) -> bool:
-    """Put the streams back where the block began, with batches half as large; False where all are single rows."""
-    for states in streams.named.values():
+def halve(moving: Collection[HiddenStates], skeleton: Skeleton) -> bool:
+    """Put all back where the block began, with batches half as large; False where all are single rows."""
+    for states in moving:
         states.put_back()
-    if all(states.is_row_by_row for states in streams.named.values()):
+    if all(states.is_row_by_row for states in moving):
         return False
-    for states in streams.named.values():
+    for states in moving:
         states.halve_batches(skeleton)
     return True
 
