@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from awqkit.kernels.precision import full_precision
+from awqkit.kernels.replay import Replays, called
 
 _FLOOR_SHARE = 1e-4  # ε: of what a column contributes on average (docs/log.md)
 _SMALLEST_COLUMN = 1e-6  # of the mean column energy, so that an all-zero column's floor is finite
@@ -156,21 +157,25 @@ def own_damping(moment: Tensor, damp_ratio: float, column_energy: Tensor | None 
     Without column_energy the floor is only what keeps dead channels finite.
     """
     diagonal = moment.diagonal()
-    sizes = [diagonal.mean()]
-    if column_energy is not None:
-        sizes += [column_energy.mean(), (diagonal * column_energy).mean()]
-    usual, *columns = torch.stack(sizes).tolist()
-    tiny = max((usual or 1.0) * _SMALLEST_SHARE, torch.finfo(torch.float32).tiny)
+    usual = _or_one(diagonal.mean().double())
+    tiny = (usual * _SMALLEST_SHARE).clamp(min=torch.finfo(torch.float32).tiny).float()
     own = (damp_ratio * diagonal).clamp(min=tiny)
-    if column_energy is None or not columns[0] > 0:
+    if column_energy is None:
         return own
-    return own + _FLOOR_SHARE * columns[1] / column_energy.clamp(min=columns[0] * _SMALLEST_COLUMN)
+    column, contributed = column_energy.mean().double(), (diagonal * column_energy).mean().double()
+    smallest = (column * _SMALLEST_COLUMN).float()
+    floored = own + column_energy.clamp(min=smallest).reciprocal() * (_FLOOR_SHARE * contributed).float()
+    return torch.where(column > 0, floored, own)
 
 
 def mean_damping(moment: Tensor, damp_ratio: float, column_energy: Tensor | None = None) -> Tensor:
     """λ_j = damp_ratio · mean_k H_kk, `[in]`: the damping of the GPTQ paper (section 3.3, step 3)."""
     diagonal = moment.diagonal()
-    return torch.full_like(diagonal, damp_ratio * (float(diagonal.mean()) or 1.0))
+    return (damp_ratio * _or_one(diagonal.mean().double())).float().expand_as(diagonal).contiguous()
+
+
+def _or_one(mean: Tensor) -> Tensor:
+    return torch.where(mean == 0, torch.ones_like(mean), mean)
 
 
 _DAMPING = {"own": own_damping, "mean": mean_damping}
@@ -182,23 +187,51 @@ def rounding_metric(
     damp_ratio: float,
     damping: str = "own",
     column_energy: Tensor | None = None,
+    replays: Replays | None = None,
 ) -> RoundingMetric:
     """The metric of H `[in, in]` float32 in a column order; damping: "own" or "mean".
 
     Where the damped H cannot be factorised (rank deficient beyond float32), the damping grows tenfold until it can.
-    Raises ValueError when it never can: H holds NaN or inf.
+    replays: by which the first attempt may be replayed. Raises ValueError when none succeeds: H holds NaN or inf.
     """
+    found = called(replays, factorised, moment, order, damp_ratio, damping, column_energy)
     for attempt in range(_MAX_ATTEMPTS):
         ratio = max(damp_ratio, _SMALLEST_RATIO) * _ESCALATION**attempt if attempt else damp_ratio
-        added = _DAMPING[damping](moment, ratio, column_energy)
-        factor = _upper_factor(moment, added, order)
-        if factor is not None:
-            return RoundingMetric(moment, added, order, factor, ratio)
+        if attempt:
+            found = factorised(moment, order, ratio, damping, column_energy)
+        if found.is_usable:
+            return RoundingMetric(moment, found.damping, order, found.factor, ratio)
     raise ValueError(f"H of {moment.shape[0]} channels cannot be factorised: it holds NaN or inf")
 
 
-def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | None:
-    """U in `order`, or None. Channels are normalised first: their energies lie six orders of magnitude apart."""
+@dataclass(frozen=True, slots=True)
+class Factorised:
+    """An attempt: λ `[in]`, U in `order`, and what says whether it can be used, `[5]`, of the dtype of H."""
+
+    damping: Tensor
+    factor: Tensor
+    figures: Tensor
+
+    @property
+    def is_usable(self) -> bool:
+        """One look at the device. Of numbers with a NaN among them, both ends are NaN."""
+        smallest, largest, *others, failed = self.figures.tolist()
+        return smallest > 0 and largest < math.inf and failed == 0 and all(map(math.isfinite, others))
+
+
+def factorised(
+    moment: Tensor, order: Tensor, damp_ratio: float, damping: str, column_energy: Tensor | None
+) -> Factorised:
+    """λ and U, usable or not: nothing waits for the device.
+
+    Channels are normalised first: their energies lie six orders of magnitude apart.
+    """
+    added = _DAMPING[damping](moment, damp_ratio, column_energy)
+    factor, figures = _upper_factor(moment, added, order)
+    return Factorised(added, factor, figures)
+
+
+def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     size = (moment.diagonal() + damping).sqrt()
     reverse = order.flip(0)
     # each step lets go of the one before: of 28672 channels every one of them takes 3.3 GB
@@ -208,14 +241,10 @@ def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> Tensor | No
     matrix.diagonal().fill_(1.0)  # (H_jj + λ_j) / size_j², free of rounding
     with full_precision():
         matrix, failed = torch.linalg.cholesky_ex(matrix)
-        # all that can be wrong is asked of the device at once; of numbers with a NaN among them, both ends are NaN
-        ends = (*torch.aminmax(size), *torch.aminmax(matrix.diagonal()), failed.to(size.dtype))
-        smallest, largest, *others = torch.stack(ends).tolist()
-        if not (smallest > 0 and largest < math.inf and others[-1] == 0 and all(map(math.isfinite, others))):
-            return None
+        figures = torch.stack([*torch.aminmax(size), *torch.aminmax(matrix.diagonal()), failed.to(size.dtype)])
         matrix = _inverted_(matrix)
     matrix = matrix.flip(0, 1).div_(size[order])
-    return matrix.contiguous()  # a solve on a GPU answers column-major, and kernels walk along rows
+    return matrix.contiguous(), figures  # a solve on a GPU answers column-major, and kernels walk along rows
 
 
 def _inverted_(lower: Tensor) -> Tensor:
