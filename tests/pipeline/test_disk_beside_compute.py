@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_contexts import block_context
-from tiny_models import tiny_model
+from tiny_models import save_tiny, tiny_model, token_rows
 from torch import Tensor
 
+import awqkit.pipeline.run as pipeline_run
+from awqkit import Recipe, RunOptions, quantize
 from awqkit.pipeline import read_ahead
 from awqkit.pipeline.background_writes import BackgroundWrites
 from awqkit.pipeline.read_ahead import ReadAhead
@@ -74,3 +81,45 @@ def test_a_cpu_reads_when_it_is_asked_to() -> None:
     with ReadAhead(source, skeleton, torch.device("cpu")) as ahead:
         ahead.ask(1)
         assert source.reads == []
+
+
+def test_a_block_that_waits_to_be_written_holds_no_weights_and_a_written_one_no_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU whose disk is slow: else a block would need the memory of the one before as well."""
+    waiting: list[Callable[[], None]] = []
+    quantize_block = pipeline_run.quantize_block
+    weights: list[weakref.ref[Tensor]] = []
+    codes: list[weakref.ref[Tensor]] = []
+
+    def one_behind(self: BackgroundWrites, job: Callable[[], None]) -> None:
+        self.wait()
+        waiting.append(job)
+
+    def wait(self: BackgroundWrites) -> None:
+        while waiting:
+            waiting.pop()()
+
+    def watched(context: Any, *rest: Any) -> Any:
+        assert not any(each() is not None for each in weights)
+        if context.index == 1:
+            wait(None)  # type: ignore[arg-type]
+            assert codes and not any(each() is not None for each in codes)
+        result = quantize_block(context, *rest)
+        weights.extend(weakref.ref(each) for each in context.parameters.values())
+        codes.extend(weakref.ref(each.codes) for each in result.quantized.values())
+        return result
+
+    save_tiny(tiny_model("llama"), tmp_path / "source")
+    monkeypatch.setattr(BackgroundWrites, "start", one_behind)
+    monkeypatch.setattr(BackgroundWrites, "wait", wait)
+    monkeypatch.setattr(pipeline_run, "quantize_block", watched)
+    gc.disable()  # what only a collection would free stays on the device meanwhile
+    try:
+        quantize(
+            tmp_path / "source", tmp_path / "out", Recipe.preset("fast", group_size=32),
+            calibration=token_rows(18, 24), options=RunOptions(device="cpu"),
+        )  # fmt: skip
+    finally:
+        gc.enable()
+    assert len(codes) == 2 * 7

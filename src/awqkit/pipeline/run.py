@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -165,6 +166,7 @@ def run(
             clock.enter("")
             emit(_finished(result.decision, num_blocks, time.monotonic() - started))
             emit(TaskAdvanced(_TASK, index + 1))
+            del result, block  # the next block is done without the codes of this one
         clock.enter("write")
         writes.wait()
         clock.enter("")
@@ -327,33 +329,45 @@ def _one_block(
         else:
             context, result = run_again(quantized, smaller, job.plan.blocks[index].path, job.device, emit)
         stage("write")
-        buffers = [name for name, _ in context.block.named_buffers()]
-        writes.start(lambda: _write(job, context, buffers, result, writer))
+        writes.start(_writing(job, context, result, writer))
         return result, tunable_block(context, result) if tunes else None
     finally:
         job.skeleton.release_block(index)
 
 
+def _writing(job: Run, context: BlockContext, result: BlockResult, writer: CheckpointWriter) -> Callable[[], None]:
+    """`_write` for a block. While it waits for its turn nothing holds the block's own weights."""
+    changed = with_stacks_whole(context.parameters, result.stored)
+    names = list(context.parameters), [name for name, _ in context.block.named_buffers()]
+    return partial(_write, job, context.block_plan, result.quantized, changed, *names, writer)
+
+
 def _write(
-    job: Run, context: BlockContext, buffers: Sequence[str], result: BlockResult, writer: CheckpointWriter
+    job: Run,
+    block: BlockPlan,
+    quantized: Mapping[str, QuantizedWeight],
+    changed: Mapping[str, torch.Tensor],
+    parameters: Sequence[str],
+    buffers: Sequence[str],
+    writer: CheckpointWriter,
 ) -> None:
     """Pack the quantized linears of a block and write its other tensors in the dtype that the layout says."""
-    path = context.block_plan.path
-    for part, tensor in packed_tensors(job, context.block_plan, result.quantized):
+    path = block.path
+    for part, tensor in packed_tensors(job, block, quantized):
         writer.write(part, tensor)
     stored = {
         disk: value
-        for name, changed in with_stacks_whole(context.parameters, result.stored).items()
-        for disk, value in job.skeleton.parts(f"{path}.{name}", changed).items()
+        for name, new in changed.items()
+        for disk, value in job.skeleton.parts(f"{path}.{name}", new).items()
     }
-    for name in [*context.parameters, *buffers]:
+    for name in [*parameters, *buffers]:
         for disk in job.skeleton.disk_names(f"{path}.{name}"):
             if disk in job.layout.packed or disk in job.layout.dropped:
                 continue
             if disk in stored:
                 writer.write(disk, stored[disk].to(job.layout.kept[disk]).cpu())
             else:
-                _copy(job, disk, writer, is_buffer=name not in context.parameters)
+                _copy(job, disk, writer, is_buffer=name in buffers)
 
 
 def packed_tensors(
