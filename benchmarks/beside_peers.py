@@ -7,9 +7,10 @@ Seconds are those of the process, from its start to its end, imports and writing
 several times, since the first one in a new environment compiles kernels. Bytecode is compiled beforehand for all, as
 pip leaves it: it is kept in a folder of the benchmark's own, where a first start of each puts it. `start_seconds` is
 what a process takes to import torch and the model's class and to wake the device. Ours is the command that a user
-types, given the text, of which it chooses rows itself; a peer gets token rows of the same text. All are scored from
-their folders on the same windows, so that a time stands beside what it bought. Of a model cut to its first blocks, KL
-is to the cut one.
+types, given the text, of which it chooses rows itself, run by the Python that runs this; a peer gets token rows of the
+same text. All are scored from their folders on the same windows, so that a time stands beside what it bought. Of a
+model cut to its first blocks, KL is to the cut one. `--estimate` has the command say beforehand how long it will take,
+which is held against what it counts itself, without the imports before it.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def _arguments() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--blocks", type=int, help="cut the model to its first blocks, where the peers take too long")
     parser.add_argument("--repeats", type=int, default=2, help="of ours")
+    parser.add_argument("--estimate", action="store_true", help="of ours, before each first run")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds after which a peer is given up")
     parser.add_argument("--peer", nargs="+", default=[], metavar="NAME=PYTHON", help="see peer_rows.py")
     args = parser.parse_args()
@@ -111,12 +113,17 @@ def ours(
     words = [sys.executable, "-m", "awqkit", "quantize", conditions.model, out, "--quality", preset]
     words += ["--bits", args.bits, "--group-size", GROUP_SIZE, "--samples", args.samples, "--seq-len", SEQ_LEN]
     words += ["--calibration", text, "--seed", args.seeds[0], "--device", conditions.device.type, "--quiet"]
+    words, row = [*map(str, words)], dict[str, Any]()
+    if args.estimate and original is not None:
+        told = out.with_suffix(".json")
+        subprocess.run([*words, "--estimate", "--json", str(told)], check=True, stdout=subprocess.DEVNULL)
+        row["estimated_seconds"] = json.loads(told.read_text(encoding="utf-8"))["total_seconds"]
     began = time.monotonic()
-    subprocess.run([*map(str, words)], check=True, stdout=subprocess.DEVNULL)
-    seconds = time.monotonic() - began
-    stages = json.loads((out / "awqkit-timings.json").read_text(encoding="utf-8"))["stages"]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    row["seconds"] = time.monotonic() - began
+    timings = json.loads((out / "awqkit-timings.json").read_text(encoding="utf-8"))
     figures = {} if original is None else score_folder(conditions, out, original)
-    return {"seconds": seconds, "stages": stages, **figures}
+    return {**row, "own_seconds": timings["seconds"], "stages": timings["stages"], **figures}
 
 
 def _peer(
@@ -140,9 +147,11 @@ def _peer(
 
 def _add(runs: list[dict[str, Any]], row: dict[str, Any], head: dict[str, Any], args: argparse.Namespace) -> None:
     runs.append(row)
-    said = row.get("failed") or f"{row['seconds']:.1f} s" + "".join(
+    said = row.get("failed") or f"{row['seconds']:.1f} s, own {row['own_seconds']:.1f}" + "".join(
         f", KL {text} {row[f'kl_{text}']:.4f}" for text in ("far", "near") if f"kl_{text}" in row
     )
+    if "estimated_seconds" in row:
+        said += f", estimated {row['estimated_seconds']:.1f}"
     print(f"{row['method']}: {said}", flush=True)
     write(args.name, {**head, "runs": runs}, args.results)
 
