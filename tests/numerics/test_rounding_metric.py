@@ -8,7 +8,6 @@ from numerics.cases import correlated
 from numerics.reference import conditional_variance
 from torch import Tensor
 
-from awqkit.kernels.replay import Replays
 from awqkit.numerics import rounding_metric as rounding_metric_module
 from awqkit.numerics.rounding_metric import (
     RoundingMetric,
@@ -149,22 +148,6 @@ def test_a_moment_that_is_not_finite_is_refused(value: float) -> None:
     moment[3, 3] = value
     with pytest.raises(ValueError, match="12 channels"):
         rounding_metric(moment, torch.arange(12), 0.05)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("columns", [40, 1536])
-def test_on_a_gpu_a_replayed_factorisation_is_the_same(columns: int) -> None:
-    replays = Replays()
-    generator = torch.Generator("cuda").manual_seed(columns)
-    for tokens in (2 * columns, 3 * columns, 4 * columns, columns // 2):  # of the last H is no more than half the rank
-        x = torch.randn(tokens, columns, generator=generator, device="cuda")
-        moment, energy = x.t() @ x / tokens, torch.rand(columns, generator=generator, device="cuda")
-        for ratio in (0.05, 0.0):
-            given = (moment, energy_order(moment, energy), ratio, "own", energy)
-            expected, found = rounding_metric(*given), rounding_metric(*given, replays)
-            assert found.damp_ratio == expected.damp_ratio
-            assert torch.equal(found.factor, expected.factor) and torch.equal(found.damping, expected.damping)
-    assert (replays.num_captured, replays.why_not) == (2, None)
 
 
 def test_own_damping_is_a_share_of_each_channel_and_a_floor_by_what_a_column_contributes() -> None:

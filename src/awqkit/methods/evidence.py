@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awqkit.kernels.replay import Replays
 from awqkit.numerics.propagation import best_strength, correction
 from awqkit.numerics.rounding_metric import RoundingMetric, energy_order, moment_order, rounding_metric
 from awqkit.numerics.statistics import PairedStatistics, Statistics, cross_moment, moments_, second_moment
@@ -79,17 +78,12 @@ class Evidence:
         return weight if self.shift is None else torch.addmm(weight, weight, self.shift)
 
 
-def original_evidence(
-    statistics: Statistics, readers: Readers, choices: MetricChoices | None, replays: Replays | None = None
-) -> Evidence:
-    """From the original stream alone. choices: None where nothing needs a factorised H.
-
-    replays: by which factorising may be replayed.
-    """
+def original_evidence(statistics: Statistics, readers: Readers, choices: MetricChoices | None) -> Evidence:
+    """From the original stream alone. choices: None where nothing needs a factorised H."""
     moment = second_moment(statistics)
     if choices is None:
         return Evidence(moment, None)
-    metric = _metric(moment, readers, choices, replays)
+    metric = _metric(moment, readers, choices)
     return Evidence(moment, metric, raised=_raised(metric, choices))
 
 
@@ -100,15 +94,14 @@ def propagated_evidence(
     choices: MetricChoices,
     *,
     for_others: bool = False,
-    replays: Replays | None = None,
 ) -> Evidence:
     """From both streams; the buffers of `paired` become the evidence.
 
     held_out: of other rows, on which "auto" chooses the strength; without them it is a half. for_others: whether
-    weights of other inputs are to be shifted by it, too. replays: by which factorising may be replayed.
+    weights of other inputs are to be shifted by it, too.
     """
     moment, cross = moments_(paired)
-    metric = _metric(moment, readers, choices, replays)
+    metric = _metric(moment, readers, choices)
     strength, raised = choices.propagation, _raised(metric, choices)
     rows = sum(len(weight) for weight in readers.weights)
     if strength != AUTO and rows < len(moment) and not for_others:
@@ -137,7 +130,7 @@ def _raised(metric: RoundingMetric, choices: MetricChoices) -> str | None:
     return f"H could not be factorised with a damping of {choices.damp_ratio:g}: {metric.damp_ratio:g} was used"
 
 
-def _metric(moment: Tensor, readers: Readers, choices: MetricChoices, replays: Replays | None) -> RoundingMetric:
+def _metric(moment: Tensor, readers: Readers, choices: MetricChoices) -> RoundingMetric:
     energy = readers.column_energy
     order = energy_order(moment, energy) if choices.column_order == "energy" else moment_order(moment)
-    return rounding_metric(moment, order, choices.damp_ratio, choices.damping, energy, replays)
+    return rounding_metric(moment, order, choices.damp_ratio, choices.damping, energy)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from awqkit.kernels.precision import full_precision
-from awqkit.kernels.replay import Replays, called
 
 _FLOOR_SHARE = 1e-4  # ε: of what a column contributes on average (docs/log.md)
 _SMALLEST_COLUMN = 1e-6  # of the mean column energy, so that an all-zero column's floor is finite
@@ -187,51 +186,32 @@ def rounding_metric(
     damp_ratio: float,
     damping: str = "own",
     column_energy: Tensor | None = None,
-    replays: Replays | None = None,
 ) -> RoundingMetric:
     """The metric of H `[in, in]` float32 in a column order; damping: "own" or "mean".
 
     Where the damped H cannot be factorised (rank deficient beyond float32), the damping grows tenfold until it can.
-    replays: by which the first attempt may be replayed. Raises ValueError when none succeeds: H holds NaN or inf.
+    Raises ValueError when it never can: H holds NaN or inf.
     """
-    found = called(replays, factorised, moment, order, damp_ratio, damping, column_energy)
     for attempt in range(_MAX_ATTEMPTS):
         ratio = max(damp_ratio, _SMALLEST_RATIO) * _ESCALATION**attempt if attempt else damp_ratio
-        if attempt:
-            found = factorised(moment, order, ratio, damping, column_energy)
-        if found.is_usable:
-            return RoundingMetric(moment, found.damping, order, found.factor, ratio)
+        added = _DAMPING[damping](moment, ratio, column_energy)
+        factor, figures = _upper_factor(moment, added, order)
+        if _is_usable(figures):
+            return RoundingMetric(moment, added, order, factor, ratio)
     raise ValueError(f"H of {moment.shape[0]} channels cannot be factorised: it holds NaN or inf")
 
 
-@dataclass(frozen=True, slots=True)
-class Factorised:
-    """An attempt: λ `[in]`, U in `order`, and what says whether it can be used, `[5]`, of the dtype of H."""
-
-    damping: Tensor
-    factor: Tensor
-    figures: Tensor
-
-    @property
-    def is_usable(self) -> bool:
-        """One look at the device. Of numbers with a NaN among them, both ends are NaN."""
-        smallest, largest, *others, failed = self.figures.tolist()
-        return smallest > 0 and largest < math.inf and failed == 0 and all(map(math.isfinite, others))
-
-
-def factorised(
-    moment: Tensor, order: Tensor, damp_ratio: float, damping: str, column_energy: Tensor | None
-) -> Factorised:
-    """λ and U, usable or not: nothing waits for the device.
-
-    Channels are normalised first: their energies lie six orders of magnitude apart.
-    """
-    added = _DAMPING[damping](moment, damp_ratio, column_energy)
-    factor, figures = _upper_factor(moment, added, order)
-    return Factorised(added, factor, figures)
+def _is_usable(figures: Tensor) -> bool:
+    """One look at the device: all that can be wrong. Of numbers with a NaN among them, both ends are NaN."""
+    smallest, largest, *others, failed = figures.tolist()
+    return smallest > 0 and largest < math.inf and failed == 0 and all(map(math.isfinite, others))
 
 
 def _upper_factor(moment: Tensor, damping: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """U in `order` and what says whether it can be used, `[5]`; nothing waits for the device.
+
+    Channels are normalised first: their energies lie six orders of magnitude apart.
+    """
     size = (moment.diagonal() + damping).sqrt()
     reverse = order.flip(0)
     # each step lets go of the one before: of 28672 channels every one of them takes 3.3 GB

@@ -288,8 +288,7 @@ def _on_both_streams(
             )
             checked = observe_pair(context, entry, both, held_out.original.own, reserved=rows.batch_bytes)
         stage("search")
-        replays = context.across.replays
-        return propagated_evidence(paired, checked, readers, choices, for_others=for_others, replays=replays)
+        return propagated_evidence(paired, checked, readers, choices, for_others=for_others)
 
     return evidence
 

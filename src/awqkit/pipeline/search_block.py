@@ -159,8 +159,7 @@ class OriginalEvidences(Mapping[str, Evidence]):
 
     def _make(self, entry: LinearInput) -> Evidence:
         readers = readers_of(self._context, entry, self._measured)
-        statistics, replays = self._measured.statistics[entry.first], self._context.across.replays
-        return original_evidence(statistics, readers, self._choices, replays)
+        return original_evidence(self._measured.statistics[entry.first], readers, self._choices)
 
 
 def choose(
@@ -450,7 +449,7 @@ def _search(
         statistics = measured.statistics.pooled(entries)
         readers = replace(readers, row_weights=tuple(row_weights_of(context, consumers, measured)))
         choices = metric_choices(recipe) if context.plan.linears[0].needs_factor else None
-        evidence = original_evidence(statistics, readers, choices, context.across.replays)
+        evidence = original_evidence(statistics, readers, choices)
     found = search_channel_scale(
         readers,
         statistics,
