@@ -18,6 +18,7 @@ from tiny_models import HANDING_ON, save_tiny, tiny_model, token_rows
 
 import awqkit.pipeline.run as pipeline_run
 from awqkit import Recipe, RunOptions, quantize
+from awqkit.checkpoint import run_state
 from awqkit.checkpoint.run_state import KEPT_ATTRIBUTE
 from awqkit.errors import CheckpointError, OutputError
 from awqkit.events import Caution, Notice
@@ -236,6 +237,22 @@ def test_two_runs_cannot_write_to_one_place(source: Path, tmp_path: Path, monkey
     assert not _kept(out).exists()
 
 
+def test_what_a_run_left_that_was_killed_after_its_last_step_is_thrown_away(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_state.shutil, "rmtree", lambda *given, **choices: None)
+        _run(source, out, RECIPES["fast"])
+    assert (_kept(out) / "journal.json").exists()
+    with pytest.raises(OutputError, match="exists; give another name, or --overwrite"):
+        _run(source, out, RECIPES["fast"])
+    _run(source, out, RECIPES["fast"], RunOptions(device="cpu", save_every=0, overwrite=True))
+    _run(source, tmp_path / "whole", RECIPES["fast"])
+    assert _contents(out) == _contents(tmp_path / "whole")
+    assert not _kept(out).exists()
+
+
 def test_going_on_with_another_torch_is_told(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     _stopped(source, out, monkeypatch)
@@ -274,6 +291,8 @@ def test_killed_at_random_moments_a_run_ends_with_the_bytes_of_an_unbroken_one(s
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
+            if out.exists():  # all was written, only Python had not ended yet
+                break
             if kills == 12:
                 assert start(out).wait() == 0
                 break

@@ -17,7 +17,11 @@ COMPRESSED = [Scheme(bits, size, symmetric) for bits in (3, 4) for size in (16, 
 CASES = [(CompressedTensorsFormat(), scheme) for scheme in (*COMPRESSED, Scheme(8, -1, True, "int8"))]
 
 
-@pytest.mark.parametrize(("written", "scheme"), [*CASES, (AwqFormat(), Scheme(4, 16, False))], ids=lambda given: getattr(given, "name", None) or str(given))
+@pytest.mark.parametrize(
+    ("written", "scheme"),
+    [*CASES, (AwqFormat(), Scheme(4, 16, False))],
+    ids=lambda given: getattr(given, "name", None) or str(given),
+)
 def test_other_scales_change_nothing_but_what_is_packed_of_scales(written: Format, scheme: Scheme) -> None:
     values = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
     choices = {"bits": scheme.bits, "symmetric": scheme.symmetric, "stored_dtype": torch.bfloat16}

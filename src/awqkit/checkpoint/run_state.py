@@ -174,7 +174,8 @@ class RunState:
 
     def _read_journal(self) -> dict[str, Any]:
         file = self.folder / _JOURNAL
-        if not file.exists():
+        became_out = not self.checkpoint.exists() and self._out.exists()  # of a run that was killed at its very end
+        if not file.exists() or became_out:
             return {}
         try:
             journal = json.loads(file.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awqkit.pipeline.free_memory import is_spare
+from awqkit.pipeline.free_memory import can_pin, is_spare
 
 _DEVICE_SHARE = 0.02  # of the free memory: little enough to make no block run out that would not have without
 
@@ -52,5 +52,5 @@ class MarkedStates:
     def _place(self, states: Tensor) -> Tensor:
         if states.is_cuda and is_spare(states.nbytes, _DEVICE_SHARE, 0.0, states.device):
             return torch.empty_like(states)
-        pinned = self._device.type == "cuda"  # a copy to it does not wait for the device
+        pinned = can_pin(states.nbytes, self._device)  # a copy to it does not wait for the device
         return torch.empty(states.shape, dtype=states.dtype, pin_memory=pinned)
