@@ -4,11 +4,12 @@
     python benchmarks/speed.py --shapes llama-2-7b llama-3-8b --vocab 1024 --device cuda --name speed-h100
     python benchmarks/speed.py --shapes llama-2-7b --rows 32 128 512 --presets fast --device cuda --name speed-rows
     python benchmarks/speed.py --shapes llama-2-7b --presets balanced --device-memory 6 --device cuda   in 6 GB of it
+    python benchmarks/speed.py --shapes llama-2-7b --ranks 1 2 --device cuda --name speed-ranks         by torchrun
 
 Checkpoints have random weights (`shapes.py`), rows are random ids. Every run is a process of its own, so that its peak
 is its own. A block's figures are medians over all blocks but the first. The floor of a block, measured in the process
 after the run, holds what no implementation gets around: its bytes read and written once, the forward passes that the
-recipe asks for, and H of every linear input. Text of the model's own and tuning are left out unless asked for: they go
+recipe asks for, and H of every linear input. On several ranks the figures are those of the first. Text of the model's own and tuning are left out unless asked for: they go
 over the whole model, not over a block.
 """
 
@@ -40,6 +41,7 @@ from awqkit.api.estimate import estimate
 from awqkit.api.given_model import open_given
 from awqkit.checkpoint.reports import TIMINGS_FILE
 from awqkit.cli.allocator import grow_segments
+from awqkit.cli.launched import follows
 from awqkit.events import BlockFinished, Event, TaskAdvanced
 from awqkit.kernels.precision import tensor_cores
 from awqkit.model.block_calls import hand_on
@@ -229,8 +231,9 @@ def verdict(run: dict[str, Any]) -> str:
         return f"{run['shape']} {run['preset']}: failed: {run['failed']}"
     peak = run["device_peak"] or run["anonymous_peak"]
     stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in run["block_stages"].items())
+    ranks = f"{run['ranks']} ranks, " if "ranks" in run else ""
     return (
-        f"{run['shape']} {run['preset']}, {run['rows']} x {run['seq_len']} tokens, {run['blocks']} blocks: "
+        f"{run['shape']} {run['preset']}, {ranks}{run['rows']} x {run['seq_len']} tokens, {run['blocks']} blocks: "
         f"{run['seconds']:.1f} s, {run['block_seconds']:.2f} s a block ({stages}), "
         f"{run['tokens_per_second']:.0f} tokens/s, {100 * run['share_of_floor']:.0f} % floor, "
         f"peak {peak / 1e9:.2f} GB{_beside_estimate(run)}"
@@ -244,9 +247,10 @@ def _beside_estimate(run: dict[str, Any]) -> str:
     return f", estimate {found['total_seconds']:.1f} s, {found['total_seconds'] / run['seconds']:.2f} of the run"
 
 
-def _in_a_process(words: Sequence[object]) -> dict[str, Any]:
+def _in_a_process(words: Sequence[object], ranks: int = 1) -> dict[str, Any]:
     """The JSON that this script's child prints, or the last line of what it had to say."""
-    command = [sys.executable, __file__, *map(str, words)]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks > 1 else []
+    command = [sys.executable, *map(str, [*start, __file__, *words])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1]}
@@ -261,20 +265,24 @@ def main() -> None:
     if args.child:
         folder = args.child
         task = Task(folder, args.presets[0], args.rows[0], args.seq_len[0], args.whole_model, args.device_memory[0])
-        print(json.dumps(estimated(task, device) if args.estimate else one(task, device)))
+        if follows():  # another rank than the first, which measures
+            quantize(folder, folder.parent / "none", task.recipe, calibration=task.ids(), options=task.options(device))
+        else:
+            print(json.dumps(estimated(task, device) if args.estimate else one(task, device)))
         return
     head, runs = {"environment": environment(device)}, list[dict[str, Any]]()
     for shape, blocks in itertools.product(args.shapes, args.blocks):
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             folder = write_shape(shape, Path(scratch) / f"{shape}-{blocks}", blocks=blocks, vocab=args.vocab)
-            given = itertools.product(args.presets, args.rows, args.seq_len, args.device_memory)
-            for preset, rows, seq_len, most in given:
+            given = itertools.product(args.presets, args.rows, args.seq_len, args.device_memory, args.ranks)
+            for preset, rows, seq_len, most, ranks in given:
                 known = {"shape": shape, "preset": preset, "rows": rows, "seq_len": seq_len, "vocab": args.vocab}
                 known |= {} if most is None else {"device_memory": most}
+                known |= {} if ranks == 1 else {"ranks": ranks}
                 words = ["--child", folder, "--presets", preset, "--rows", rows, "--seq-len", seq_len]
                 words += [] if most is None else ["--device-memory", most]
                 words += ["--device", device, *(["--whole-model"] if args.whole_model else [])]
-                run = {**known, **_in_a_process(words)}
+                run = {**known, **_in_a_process(words, ranks)}
                 if args.estimate and "failed" not in run:
                     run["estimate"] = _in_a_process([*words, "--estimate"])
                 runs.append(run)
@@ -291,6 +299,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, default=[128])
     parser.add_argument("--seq-len", nargs="+", type=int, default=[512])
     parser.add_argument("--blocks", nargs="+", type=int, default=[3])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1], help="processes, started by torchrun")
     parser.add_argument("--vocab", type=int, help="instead of the shape's own vocabulary")
     parser.add_argument("--whole-model", action="store_true", help="with text of the model's own, and tuning")
     parser.add_argument("--estimate", action="store_true", help="hold what `quantize --estimate` says against each run")
