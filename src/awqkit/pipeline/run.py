@@ -193,13 +193,15 @@ def follow(job: Run, rows: TokenRows | None, held_out: TokenRows | None) -> None
     done, tunes = ranks.told((0, False))  # what the first rank says of both
     if done:
         follow_restore(ranks, streams)
-    for index in range(done, len(job.plan.blocks)):
-        block = job.skeleton.load_block(index, job.device)
-        try:
-            quantize_block(block_context(job, index, block), streams, lambda stage: None)
-        finally:
-            job.skeleton.release_block(index)
-        follow_block(ranks, streams)
+    with ReadAhead(job.source, job.skeleton, job.device) as ahead:
+        for index in range(done, len(job.plan.blocks)):
+            block = job.skeleton.load_block(index, job.device, ahead.read)
+            ahead.ask(index + 1)
+            try:
+                quantize_block(block_context(job, index, block), streams, lambda stage: None)
+            finally:
+                job.skeleton.release_block(index)
+            follow_block(ranks, streams)
     job.across.let_go(ignore_events)
     if tunes:
         streams_to_tune(ranks, streams)
