@@ -59,11 +59,15 @@ class Scheme:
                 f"{linear}: a grid of {grid.bits} bits and groups of {grid.group_size} does not fit "
                 f"{self.bits} bits and {self.groups_text}"
             )
-        if not torch.equal(grid.group_scale.to(stored_dtype).float(), grid.group_scale.float()):
+        scale, zero = grid.group_scale.float(), grid.group_zero.float()
+        checks = [scale.to(stored_dtype).float() == scale, zero.to(torch.uint8).float() == zero]
+        checks += [zero == self.middle_code] if self.symmetric else []
+        exact, whole, *middle = torch.stack([check.all() for check in checks]).tolist()  # one look at a device
+        if not exact:
             raise ValueError(f"{linear}: a group scale is not exact in {stored_dtype}")
-        if not torch.equal(grid.group_zero.to(torch.uint8).float(), grid.group_zero.float()):
+        if not whole:
             raise ValueError(f"{linear}: a zero point is not a whole number from 0 to {2**self.bits - 1}")
-        if self.symmetric and not bool((grid.group_zero == self.middle_code).all()):
+        if not all(middle):
             raise ValueError(f"{linear}: a zero point is not {self.middle_code}, and a symmetric scheme stores none")
 
 

@@ -97,7 +97,7 @@ def joined(
         stored = read(disk)
         if whole is None:
             whole = torch.empty(shape, dtype=stored.dtype, device=device)
-        place.of(whole).copy_(stored)
+        place.of(whole).copy_(stored, non_blocking=True)
     assert whole is not None
     return whole
 

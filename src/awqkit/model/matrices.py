@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ _IN_STACK = re.compile(r"(?P<stack>.+)\[(?P<index>\d+)\]")
 _IN_LIST = re.compile(r"(?P<experts>.+)\.(?P<index>\d+)\.(?P<part>.+)")
 
 
+@cache
 def stack_and_index(name: str) -> tuple[str, int] | None:
     """The parameter and the number of a matrix in a stack, None for a matrix that is a parameter."""
     found = _IN_STACK.fullmatch(name)

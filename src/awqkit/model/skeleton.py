@@ -311,19 +311,19 @@ class Skeleton:
                 owner._buffers[leaf] = value.to(device)
                 continue
             # the bytes as they are go to the device first: half as many, and a GPU converts them at once
-            stored = self._stored(full, value, read or self._source.read).to(device, non_blocking=True)
+            stored = self._stored(full, value, read or self._source.read, device).to(device, non_blocking=True)
             filled = stored.to(torch.float32) if stored.is_floating_point() else stored
             if leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(filled, requires_grad=False)
             else:
                 owner._buffers[leaf] = filled
 
-    def _stored(self, name: str, like: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """A parameter or buffer in its stored dtype, put together where the checkpoint has it in parts."""
+    def _stored(self, name: str, like: Tensor, read: Callable[[str], Tensor], device: torch.device) -> Tensor:
+        """A parameter or buffer in its stored dtype, put together on `device` where the checkpoint has it in parts."""
         disk = self.disk_name(name)
         if disk is not None:
             return read(disk)
-        return joined(self._places.slices[name], like.shape, read)
+        return joined(self._places.slices[name], like.shape, read, device)
 
 
 def _runnable(model: Any, trust_remote_code: bool) -> Runnable:

@@ -109,11 +109,12 @@ class BlockStructure:
     unwatched: tuple[str, ...]
     experts: tuple[int, ...] = ()
     _views: Mapping[str, LinearView] = field(init=False, repr=False, compare=False)
-    _inputs: Mapping[str, LinearInput] = field(init=False, repr=False, compare=False)
+    _inputs: Mapping[str, int] = field(init=False, repr=False, compare=False)  # linear -> position of what it reads
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_views", {view.name: view for view in self.linears})
-        object.__setattr__(self, "_inputs", {name: entry for entry in self.inputs for name in entry.readers})
+        inputs = {name: position for position, entry in enumerate(self.inputs) for name in entry.readers}
+        object.__setattr__(self, "_inputs", inputs)
 
     def linear(self, name: str) -> LinearView:
         """The linear of that name."""
@@ -121,8 +122,7 @@ class BlockStructure:
 
     def inputs_of(self, consumers: Sequence[str]) -> tuple[LinearInput, ...]:
         """What these linears read, in order of data flow."""
-        wanted = {self._inputs[name].first for name in consumers}
-        return tuple(entry for entry in self.inputs if entry.first in wanted)
+        return tuple(self.inputs[position] for position in sorted({self._inputs[name] for name in consumers}))
 
     def inputs_of_experts(self) -> list[tuple[LinearInput, ...]]:
         """The inputs of all experts' like parts together, in order of data flow."""
@@ -134,4 +134,4 @@ class BlockStructure:
 
     def input_of(self, name: str) -> LinearInput:
         """The input that the linear of that name reads."""
-        return self._inputs[name]
+        return self.inputs[self._inputs[name]]

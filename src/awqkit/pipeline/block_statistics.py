@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from awqkit.model.structure import BlockStructure, LinearInput
 from awqkit.numerics.statistics import Statistics, in_blocks, pooled
@@ -104,7 +105,7 @@ class BlockStatistics(Mapping[str, Statistics]):
         """How many tokens an input was seen with."""
         return self._held[first].token_count if first in self._held else self._chunks.tokens[first]
 
-    @property
+    @cached_property
     def most_tokens(self) -> int:
         """How many tokens the input that most of them met was seen with."""
         return max((self.tokens(first) for first in self), default=0)

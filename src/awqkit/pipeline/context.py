@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from awqkit.model.matrices import matrix_of
 from awqkit.model.skeleton import Skeleton
-from awqkit.model.structure import BlockStructure
+from awqkit.model.structure import BlockStructure, Fold
 from awqkit.pipeline.across_blocks import AcrossBlocks
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.block_memory import BlockMemory, block_memory
@@ -107,10 +107,12 @@ class BlockContext:
         view = self.structure.linear(linear)
         return view.oriented(matrix_of(self.parameters, view.weight))
 
-    @property
-    def oriented(self) -> dict[str, Tensor]:
-        """All parameters by name, every linear's weight as `[out, in]`."""
-        return {**self.parameters, **{view.weight: self.weight(view.name) for view in self.structure.linears}}
+    def producer(self, fold: Fold) -> dict[str, Tensor]:
+        """The parameters of a fold's producer by name, a linear's weight as `[out, in]`."""
+        found = {name: self.parameters[name] for name in fold.producer if name in self.parameters}
+        if fold.producer_linear is not None:
+            found[self.structure.linear(fold.producer_linear).weight] = self.weight(fold.producer_linear)
+        return found
 
     def kept(self, linear: str) -> bool:
         """Whether the linear stays in full precision."""

@@ -318,7 +318,7 @@ class _Observer:
 
         try:
             follow = picked if self._has_experts else nullcontext()
-            with torch.no_grad(), follow, LinearWatch(self._watched, before=before):
+            with torch.no_grad(), LinearWatch(self._watched, before=before), follow:  # what `before` does nobody follows
                 return run()
         finally:
             if self._kept is not None:

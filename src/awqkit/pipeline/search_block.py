@@ -188,10 +188,10 @@ def choose(
             evidences = {entry.first: evidence_of(entry, quantized) for entry in together}
         changed, at, again = set(_readers_of_all(context, together)), 0, None
         while again is None and at < len(together):
-            for name, (linear, found) in _quantize_all(
-                context, applied, together, changed, evidences, measured
-            ).items():
-                quantized[name], errors[name] = linear, found
+            if changed:
+                done = _quantize_all(context, applied, together, changed, evidences, measured)
+                for name, (linear, found) in done.items():
+                    quantized[name], errors[name] = linear, found
             changed = set()
             harmed = _check_folds(context, applied, together[at], errors)
             if harmed is None:
@@ -384,8 +384,10 @@ def _check_folds(
     did harm. Returns the position in `applied` of the fold that was undone, or None.
     """
     for position, applied_fold in enumerate(applied):
+        if not applied_fold.in_use or not any(name in applied_fold.fold.channel_of for name in entry.readers):
+            continue
         consumers = [name for name in applied_fold.fold.consumers if not context.kept(name)]
-        if not applied_fold.in_use or entry is not context.structure.inputs_of(consumers)[-1]:
+        if entry is not context.structure.inputs_of(consumers)[-1]:
             continue
         plain, chosen = fold_cost([errors[name] for name in consumers])
         decision = replace(applied_fold.decision, error_nearest=plain, error_chosen=chosen)
@@ -491,7 +493,7 @@ def _stored(
     """
     kept = [name for name in fold.consumers if context.kept(name)]
     keeps_producer = fold.producer_linear is not None and context.kept(fold.producer_linear)
-    store = partial(store_producer, fold, context.oriented, channel_scale, context.plan.stored_dtype)
+    store = partial(store_producer, fold, context.producer(fold), channel_scale, context.plan.stored_dtype)
     exact = store(keeps_full_precision=bool(kept) or keeps_producer)
     if not kept:
         return exact, None
@@ -516,7 +518,8 @@ def _stored(
 
 def _undone(context: BlockContext, entry: AppliedFold, decision: FoldDecision) -> AppliedFold:
     ones = torch.ones_like(entry.channel_scale)
-    return AppliedFold(entry.fold, ones, {name: context.oriented[name] for name in entry.stored}, decision)
+    producer = context.producer(entry.fold)
+    return AppliedFold(entry.fold, ones, {name: producer[name] for name in entry.stored}, decision)
 
 
 def _scaled_weights(
