@@ -9,8 +9,8 @@
 Checkpoints have random weights (`shapes.py`), rows are random ids. Every run is a process of its own, so that its peak
 is its own. A block's figures are medians over all blocks but the first. The floor of a block, measured in the process
 after the run, holds what no implementation gets around: its bytes read and written once, the forward passes that the
-recipe asks for, and H of every linear input. On several ranks the figures are those of the first. Text of the model's own and tuning are left out unless asked for: they go
-over the whole model, not over a block.
+recipe asks for, and H of every linear input. On several ranks the figures are those of the first. Text of the model's
+own and tuning are left out unless asked for: they go over the whole model, not over a block.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 
+from awqkit import imports
 from awqkit.cli import main as command_line
 from awqkit.imports import importing
 
@@ -35,8 +36,23 @@ def test_who_looks_for_no_garbage_is_left_alone() -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_is_imported_is_never_looked_through_in_a_process_of_our_own_alone(
+    ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[str] = []
+    monkeypatch.setattr(imports, "_freezes", False)
+    monkeypatch.setattr(imports.gc, "freeze", lambda: frozen.append("once"))
+    if ours:
+        imports.freeze_imports()
+    with importing(), importing():
+        pass
+    assert frozen == ["once"] * ours
+
+
 def test_a_process_ends_without_a_look_and_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[str] = []
+    monkeypatch.setattr(imports, "_freezes", False)
     monkeypatch.setattr(command_line, "main", lambda: ends.append("ran") or 3)
     monkeypatch.setattr(command_line.gc, "freeze", lambda: ends.append("left alone"))
     assert command_line.command() == 3

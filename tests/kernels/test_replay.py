@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +76,63 @@ def test_a_cpu_calls_the_function_itself() -> None:
     replays, given = Replays(), Pair(torch.ones(2, 3), (torch.ones(2, 3),), "a")
     found = [replays.call(_work, given, 2.0, None) for _ in range(3)]
     assert replays.num_captured == 0 and found[2].first.tolist() == [[3.0, 6.0, 9.0]] * 2
+
+
+def test_each_work_is_done_before_the_next_where_nothing_is_replayed() -> None:
+    said = list[str]()
+
+    def work(number: int) -> Callable[[], int]:
+        said.append(f"begin {number}")
+        return lambda: said.append(f"done {number}") or number
+
+    assert Replays().overlapped([partial(work, number) for number in range(3)]) == [0, 1, 2]
+    assert said == ["begin 0", "done 0", "begin 1", "done 1", "begin 2", "done 2"]
+
+
+def test_some_works_are_begun_before_the_first_that_is_replayed_is_done() -> None:
+    replays, lane = Replays(), SimpleNamespace(num_begun=0)
+    replays._lanes, most = [lane], list[int]()
+
+    def work(number: int) -> Callable[[], int]:
+        lane.num_begun += 1
+        most.append(lane.num_begun)
+
+        def done() -> int:
+            lane.num_begun -= 1
+            return number
+
+        return done
+
+    assert replays.overlapped([partial(work, number) for number in range(30)]) == list(range(30))
+    assert max(most) == replay._MOST_BEGUN and lane.num_begun == 0
+
+
+@needs_cuda
+def test_on_a_gpu_works_side_by_side_give_what_each_gives_alone() -> None:
+    def work(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(20):
+            x = torch.tanh(x @ y)
+        return x, x.sum(dim=0)
+
+    replays = Replays()
+    given = [tuple(torch.randn(200, 200, device="cuda") for _ in range(2)) for _ in range(40)]
+    expected = [[each.clone() for each in work(*pair)] for pair in given]
+
+    def begin(pair: tuple[Tensor, Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+        pair = tuple(each.clone() for each in pair)
+        found = replays.begin(work, *pair)
+        pair[0].zero_(), pair[1].zero_()  # what was given may change at once
+        return found
+
+    for _ in range(3):
+        found = replays.overlapped([partial(begin, pair) for pair in given])
+        torch.full((40, 200, 200), 7.0, device="cuda")  # memory that was let go is somebody else's now
+        for pair, wanted in zip(found, expected, strict=True):
+            assert all(torch.equal(each, other) for each, other in zip(pair, wanted, strict=True))
+    assert replays.num_captured == replay.NUM_LANES
+    replays.begin(work, *given[0])  # nobody asks for it
+    replays.let_go()
+    assert replays.num_captured == 0
 
 
 @needs_cuda

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from awqkit import Recipe
 from awqkit.methods.evidence import Evidence, MetricChoices, Readers, original_evidence, propagated_evidence
-from awqkit.methods.fold import ScaleChoices, Tied, search_channel_scale
+from awqkit.methods.fold import ScaleChoices, Tied, begin_channel_scale
 from awqkit.methods.linear import QuantizedLinear, ScaledWeight, quantize_linear, round_plainly
 from awqkit.methods.plan import LinearPlan
 from awqkit.methods.rows import sensitive_rounder
@@ -174,7 +174,7 @@ def test_a_channel_scale_is_finite_and_the_linear_under_it_too(edge: str, recipe
         chosen.channel_scale, chosen.scale_families, chosen.importance, chosen.alpha_search, chosen.smooth_alpha
     )
     tied = Tied(torch.arange(COLUMNS), COLUMNS)
-    found = search_channel_scale(readers, statistics, evidence, tied, plan, choices)
+    found = begin_channel_scale(readers, statistics, evidence, tied, plan, choices)()
     assert bool(found.per_channel.isfinite().all())
     assert bool((found.per_channel > 0).all())
     scaled = ScaledWeight(case.weight, case.weight, found.per_channel, torch.ones(ROWS))

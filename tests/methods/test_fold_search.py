@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from awqkit.methods.evidence import Evidence, Readers, original_evidence
-from awqkit.methods.fold import ChannelScale, ScaleChoices, Tied, consumer_scale, search_channel_scale
+from awqkit.methods.fold import ChannelScale, ScaleChoices, Tied, begin_channel_scale, consumer_scale
 from awqkit.methods.linear import ScaledWeight, plain_weight, quantize_linear, round_plainly
 from awqkit.methods.plan import LinearPlan
 from awqkit.numerics.grid import dequantize
@@ -50,7 +50,7 @@ def _search(
 ) -> ChannelScale:
     readers = Readers(tuple(weights), tuple(row_weights or _ones(weights)))
     evidence = original_evidence(statistics, readers, None)
-    return search_channel_scale(readers, statistics, evidence, tied, PLAN, choices)
+    return begin_channel_scale(readers, statistics, evidence, tied, PLAN, choices)()
 
 
 def _error_under(weights: list[Tensor], s: Tensor, moment: Tensor) -> float:

@@ -8,7 +8,7 @@ from numerics.cases import correlated
 from torch import Tensor
 
 from awqkit.methods.evidence import Evidence, Readers
-from awqkit.methods.fold import ChannelScale, ScaleChoices, Tied, search_channel_scale, smoothing_errors
+from awqkit.methods.fold import ChannelScale, ScaleChoices, Tied, begin_channel_scale, smoothing_errors
 from awqkit.methods.linear import ScaledWeight, quantize_linear, round_plainly
 from awqkit.methods.plan import LinearPlan
 from awqkit.numerics.activations import round_tokens
@@ -37,7 +37,7 @@ def _search(
     channel_of = torch.arange(CHANNELS) if channel_of is None else channel_of
     tied = Tied(channel_of, int(channel_of.max()) + 1)
     readers = Readers((weight,), (torch.ones(len(weight)),))
-    return search_channel_scale(readers, statistics, Evidence(x.t() @ x / len(x), None), tied, plan, choices)
+    return begin_channel_scale(readers, statistics, Evidence(x.t() @ x / len(x), None), tied, plan, choices)()
 
 
 def _statistics(x: Tensor) -> Statistics:

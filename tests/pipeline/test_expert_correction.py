@@ -45,20 +45,20 @@ def test_the_pairs_are_those_of_the_router_and_every_expert_gets_their_correctio
 ) -> None:
     made: list[tuple[PairedStatistics, Evidence]] = []
     used: dict[str, tuple[Evidence, Any]] = {}
-    propagated, quantize_linear = block_step.propagated_evidence, search_block.quantize_linear
+    propagated, begin_linear = block_step.propagated_evidence, search_block.begin_linear
 
     def remembered(paired: PairedStatistics, *rest: Any, **named: Any) -> Evidence:
         made.append((deepcopy(paired), propagated(paired, *rest, **named)))  # which takes the buffers of `paired`
         return made[-1][1]
 
     def noted(scaled: Any, evidence: Any, plan: Any, *rest: Any) -> Any:
-        linear = quantize_linear(scaled, evidence, plan, *rest)
+        linear = begin_linear(scaled, evidence, plan, *rest)()
         if plan.rounds and plan.name.startswith("model.layers.0."):
             used[plan.name] = evidence, linear
-        return linear
+        return lambda: linear
 
     monkeypatch.setattr(block_step, "propagated_evidence", remembered)
-    monkeypatch.setattr(search_block, "quantize_linear", noted)
+    monkeypatch.setattr(search_block, "begin_linear", noted)
     model = _model()
     report = run_on(model, tmp_path, RECIPE, rows=ROWS).report
     experts = {name: evidence for name, (evidence, _) in used.items() if "experts" in name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ def _same_tensors(first: Path, second: Path) -> bool:
 def test_folds_that_do_harm_are_undone_and_nothing_is_left_of_them(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, search = tiny_model(family), search_block.search_channel_scale
+    model, begin = tiny_model(family), search_block.begin_channel_scale
     plain = run_on(model, tmp_path, replace(FAST, channel_scale="none"), out="plain")
-    monkeypatch.setattr(search_block, "search_channel_scale", lambda *a, **k: _absurd(search(*a, **k)))
+    monkeypatch.setattr(search_block, "begin_channel_scale", lambda *a, **k: lambda: _absurd(begin(*a, **k)()))
     result = run_on(model, tmp_path, FAST)
     for block in result.report.blocks:
         assert len(block.folds) == 4
@@ -48,26 +49,26 @@ def test_folds_that_do_harm_are_undone_and_nothing_is_left_of_them(
 
 def test_one_fold_that_does_harm_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only v → o is spoiled: v's rows must be rounded again too, for they were on their way divided by s."""
-    search, calls = search_block.search_channel_scale, []
+    begin, calls = search_block.begin_channel_scale, []
 
-    def spoil_the_third(*arguments: Any, **choices: Any) -> ChannelScale:
+    def spoil_the_third(*arguments: Any, **choices: Any) -> Callable[[], ChannelScale]:
         calls.append(None)
-        found = search(*arguments, **choices)
-        return _absurd(found) if len(calls) % 4 == 3 else found
+        found, third = begin(*arguments, **choices)(), len(calls) % 4 == 3
+        return lambda: _absurd(found) if third else found
 
     model = tiny_model("llama")
-    monkeypatch.setattr(search_block, "search_channel_scale", spoil_the_third)
+    monkeypatch.setattr(search_block, "begin_channel_scale", spoil_the_third)
     result = run_on(model, tmp_path, FAST)
     assert [fold.fallback is None for fold in result.report.blocks[0].folds] == [True, True, False, True]
 
-    def no_third(*arguments: Any, **choices: Any) -> ChannelScale:
+    def no_third(*arguments: Any, **choices: Any) -> Callable[[], ChannelScale]:
         calls.append(None)
-        found = search(*arguments, **choices)
+        found, third = begin(*arguments, **choices)(), len(calls) % 4 == 3
         ones = replace(found, per_channel=torch.ones_like(found.per_channel))
-        return ones if len(calls) % 4 == 3 else found
+        return lambda: ones if third else found
 
     calls.clear()
-    monkeypatch.setattr(search_block, "search_channel_scale", no_third)
+    monkeypatch.setattr(search_block, "begin_channel_scale", no_third)
     expected = run_on(model, tmp_path, FAST, out="expected")
     assert _same_tensors(result.directory, expected.directory)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,14 @@ def test_a_graph_can_hold_what_is_replayed(
     model, met = tiny_model(family), list[Any]()
     expected = run_on(model, tmp_path, RECIPES[recipe], out="expected")
 
-    def captured(self: Replays, function: Callable[..., Any], *given: Any) -> Any:
+    def captured(self: Replays, function: Callable[..., Any], *given: Any) -> Callable[[], Any]:
         tensors: list[Tensor] = []
         met.append(replay._alike(function, replay._taken_apart(given, tensors), tensors))
         with _LooksRefused(), WaitingRefused():
-            return function(*given)
+            result = function(*given)
+        return lambda: result
 
-    monkeypatch.setattr(Replays, "call", captured)
+    monkeypatch.setattr(Replays, "begin", captured)
     monkeypatch.setattr(gptq, "round_block", _in_one_launch(gptq.round_block))
     monkeypatch.setattr(descent, "descend_block", _in_one_launch(descent.descend_block))
     found = run_on(model, tmp_path, RECIPES[recipe])
@@ -78,11 +79,11 @@ def test_a_graph_can_hold_what_is_replayed(
 
 
 def test_what_stood_in_the_way_of_a_graph_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(self: Replays, function: Callable[..., Any], *given: Any) -> Any:
+    def refused(self: Replays, function: Callable[..., Any], *given: Any) -> Callable[[], Any]:
         self.why_not = "an operator waits"
-        return function(*given)
+        return partial(function, *given)
 
-    monkeypatch.setattr(Replays, "call", refused)
+    monkeypatch.setattr(Replays, "begin", refused)
     told = list[Event]()
     run_on(tiny_model("llama"), tmp_path, RECIPES["fast"], emit=told.append)
     assert [each.text for each in told if isinstance(each, Notice) and "CUDA graphs" in each.text] == [

@@ -22,6 +22,7 @@ from awqkit.cli.console import Console
 from awqkit.cli.failure import CommandLineError, report_failure
 from awqkit.cli.launched import follows, num_ranks
 from awqkit.cli.signals import unwind_on_signals
+from awqkit.imports import freeze_imports
 
 VERBS: dict[str, ModuleType] = {
     "quantize": quantize,
@@ -48,6 +49,7 @@ start here:
 
 def command() -> int:
     """`main` for a process of its own, which returns to nothing but its end."""
+    freeze_imports()
     try:
         return main()
     finally:

@@ -5,6 +5,9 @@ blocks of a model have weights of the same shapes, so a graph that reads and wri
 
     copy in ─► replay ─► copy out
 
+One small search leaves most of a GPU idle, so several run side by side: each on a lane, which has a stream, buffers and
+graphs of its own.
+
 It takes pure functions: tensors, and choices that can be hashed, in dataclasses and tuples, to the same. What a graph
 cannot hold is what makes the host wait for the device, and tensors that are made of numbers of the host.
 """
@@ -12,7 +15,8 @@ cannot hold is what makes the host wait for the device, and tensors that are mad
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -27,7 +31,8 @@ Result = TypeVar("Result")
 # Of all tensors that go into a graph, 64 MB of float32: what a GPU computes with more takes it longer than the launches
 # take Python, and a graph keeps some ten times as much on the device.
 MOST_VALUES = 1 << 24
-_MET, _AS_IT_IS = "met once", "run as it is"  # what is known of calls alike that there is no graph of
+NUM_LANES = 4
+_MOST_BEGUN = 2 * NUM_LANES  # works at a time: what they need is held until each is done
 _ON_THE_HOST = {"aten.lift_fresh", "aten.lift"}  # what `torch.tensor` of a list ends with
 _INDEXING = {"aten.index", "aten.index_put", "aten.index_put_"}  # which only masks make wait
 _COPYING = {"aten._to_copy", "aten.copy_", "aten.copy"}
@@ -86,67 +91,136 @@ def constants(numbers: tuple[float, ...], device: torch.device) -> Tensor:
 class Replays:
     """Calls functions, on a GPU those that were called alike before by replaying them. One thread's.
 
-    What it holds of the device until `let_go`: a buffer for each shape that goes in, what comes out of each graph, and
-    one pool for all that is computed on the way. why_not: what stood in the way of the first graph that could not be
-    captured, None where nothing did. told: an error in words; the error itself would hold the tensors of its frames.
+    What it holds of the device until `let_go`, for each lane that was needed: a buffer for each shape that goes in,
+    what comes out of each graph, and one pool for all that is computed on the way. why_not: what stood in the way of
+    the first graph that could not be captured, None where nothing did. told: an error in words; the error itself would
+    hold the tensors of its frames.
     """
 
     def __init__(self, told: Callable[[BaseException], str] = str) -> None:
         self.why_not: str | None = None
         self._told = told
-        self._known: dict[Hashable, _Replay | str] = {}
-        self._buffers: dict[Hashable, Tensor] = {}
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
+        self._met: set[Hashable] = set()
+        self._as_they_are: set[Hashable] = set()
+        self._lanes: list[_Lane] = []
+        self._turn = 0
         self._has_room = True
 
     @property
     def num_captured(self) -> int:
         """How many graphs there are."""
-        return sum(isinstance(each, _Replay) for each in self._known.values())
+        return sum(len(lane.graphs) for lane in self._lanes)
 
     def let_go(self) -> None:
         """Hold no graph and no buffer, and make none any more: where memory is short, or wanted for something else."""
-        self._known.clear()
-        self._buffers.clear()
-        self._stream, self._pool, self._has_room = None, None, False
+        for lane in self._lanes:
+            torch.cuda.current_stream(lane.stream.device).wait_stream(lane.stream)
+        self._lanes.clear()
+        self._has_room = False
 
     def call(self, function: Callable[..., Result], *given: Any) -> Result:
         """`function(*given)`. It is captured at the second call with tensors and choices like these."""
+        return self.begin(function, *given)()
+
+    def begin(self, function: Callable[..., Result], *given: Any) -> Callable[[], Result]:
+        """`call`, which goes on beside what follows until the result is asked for. What is given may change at once."""
         if not (self._has_room and torch.cuda.is_initialized()):
-            return function(*given)
+            return _done(function(*given))
         tensors: list[Tensor] = []
         form = _taken_apart(given, tensors)
         if not _takes(tensors):
-            return function(*given)
+            return _done(function(*given))
         key = _alike(function, form, tensors)
-        known = self._known.get(key)
-        if known is None:
-            self._known[key] = _MET
-        elif known == _MET:
-            self._known[key] = known = self._captured(function, form, tensors)
-        return known(tensors) if isinstance(known, _Replay) else function(*given)
+        if key in self._as_they_are or key not in self._met:
+            self._met.add(key)
+            return _done(function(*given))
+        lane = self._free_lane(tensors[0].device)
+        if key not in lane.graphs and not self._capture(lane, key, function, form, tensors):
+            return _done(function(*given))
+        return lane.begin(lane.graphs[key], tensors)
 
-    def _captured(self, function: Callable[..., Any], form: Any, tensors: Sequence[Tensor]) -> _Replay | str:
-        """What cannot be captured is run as it is, which says by itself if memory is short."""
-        device = tensors[0].device
-        if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    def overlapped(self, works: Iterable[Callable[[], Callable[[], Result]]]) -> list[Result]:
+        """What each of some works gives, which is begun by calling it and asked for by calling what that returns.
+
+        Others are begun before one that is replayed is done. Where nothing is replayed each is done before the next.
+        """
+        begun, results = deque[Callable[[], Result]](), list[Result]()
+        for work in works:
+            begun.append(work())
+            while begun and (len(begun) == _MOST_BEGUN or not any(lane.num_begun for lane in self._lanes)):
+                results.append(begun.popleft()())
+        return results + [result() for result in begun]
+
+    def _free_lane(self, device: torch.device) -> _Lane:
+        """One where nothing is under way; a new one if there may be more; else the next in turn."""
+        free = next((lane for lane in self._lanes if not lane.num_begun), None)
+        if free is not None:
+            return free
+        if len(self._lanes) < NUM_LANES:
+            self._lanes.append(_Lane(device))
+            return self._lanes[-1]
+        self._turn = (self._turn + 1) % NUM_LANES
+        return self._lanes[self._turn]
+
+    def _capture(
+        self, lane: _Lane, key: Hashable, function: Callable[..., Any], form: Any, tensors: Sequence[Tensor]
+    ) -> bool:
+        """Whether it was. What cannot be captured is run as it is, which says by itself if memory is short."""
         try:
-            inputs = [self._buffer(number, each) for number, each in enumerate(tensors)]
-            torch._foreach_copy_(inputs, list(tensors))
-            work = _Work(function, form, inputs)
-            with beside_usual_stream(device, self._stream), WaitingRefused():
-                work()  # what a library sets up when it is first called, and what waits, come before the capture
-                found = _Replay(work, self._pool)
+            lane.capture(key, function, form, tensors)
         except Exception as error:  # what stands in the way of a graph is no error of the work
+            self._as_they_are.add(key)
             self.why_not = self.why_not or self._told(error)
             if isinstance(error, torch.OutOfMemoryError):
                 self.let_go()
-            else:
-                self._pool = torch.cuda.graph_pool_handle()  # nobody knows in what state the other is
-            return _AS_IT_IS
-        return found
+            return False
+        return True
+
+
+class _Lane:
+    """Graphs that share buffers and a pool, so that one of them runs at a time, on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream, self.graphs = torch.cuda.Stream(device), dict[Hashable, _Replay]()
+        self.num_begun = 0  # whose results nobody has asked for
+        self._pool, self._buffers = torch.cuda.graph_pool_handle(), dict[Hashable, Tensor]()
+
+    def capture(self, key: Hashable, function: Callable[..., Any], form: Any, tensors: Sequence[Tensor]) -> None:
+        """Have a graph of that key."""
+        device = tensors[0].device
+        torch.cuda.current_stream(device).wait_stream(self.stream)
+        inputs = [self._buffer(number, each) for number, each in enumerate(tensors)]
+        torch._foreach_copy_(inputs, list(tensors))
+        work = _Work(function, form, inputs)
+        try:
+            with beside_usual_stream(device, self.stream), WaitingRefused():
+                work()  # what a library sets up when it is first called, and what waits, come before the capture
+                self.graphs[key] = _Replay(work, self._pool)
+        except Exception:
+            self._pool = torch.cuda.graph_pool_handle()  # nobody knows in what state the other is
+            raise
+
+    def begin(self, graph: _Replay, tensors: Sequence[Tensor]) -> Callable[[], Any]:
+        """Replay a graph for some tensors once what was begun before is done; what it made, for the usual stream."""
+        usual = torch.cuda.current_stream(self.stream.device)
+        usual.wait_stream(self.stream)  # which reads the buffers
+        torch._foreach_copy_(graph.inputs, list(tensors))
+        made = [torch.empty_like(each) for each in graph.outputs]
+        self.stream.wait_stream(usual)
+        with torch.cuda.stream(self.stream):
+            graph.replay()
+            torch._foreach_copy_(made, graph.outputs)
+        for each in made:
+            each.record_stream(self.stream)  # whoever drops it unread leaves it until it is written
+        done = self.stream.record_event()
+        self.num_begun += 1
+
+        def result() -> Any:
+            self.num_begun -= 1
+            torch.cuda.current_stream(self.stream.device).wait_event(done)
+            return _put_together(graph.form, made)
+
+        return result
 
     def _buffer(self, number: int, like: Tensor) -> Tensor:
         """Where a tensor is copied to: one place for all graphs that take the like, since none keeps anything there."""
@@ -156,9 +230,13 @@ class Replays:
         return self._buffers[key]
 
 
-def called(replays: Replays | None, function: Callable[..., Result], *given: Any) -> Result:
-    """`function(*given)`, by `replays` where there are any."""
-    return function(*given) if replays is None else replays.call(function, *given)
+def _done(result: Result) -> Callable[[], Result]:
+    return lambda: result
+
+
+def begun(replays: Replays | None, function: Callable[..., Result], *given: Any) -> Callable[[], Result]:
+    """`Replays.begin`; where there are none the function is called."""
+    return _done(function(*given)) if replays is None else replays.begin(function, *given)
 
 
 def _alike(function: Callable[..., Any], form: Any, tensors: Sequence[Tensor]) -> Hashable:
@@ -188,20 +266,19 @@ class _Replay:
     """A graph of some work, captured on the current stream."""
 
     def __init__(self, work: _Work, pool: Any) -> None:
-        self._inputs, self._graph = list(work.inputs), torch.cuda.CUDAGraph()
+        self.inputs, self.outputs = list(work.inputs), list[Tensor]()
+        self._graph = torch.cuda.CUDAGraph()
         # not by `torch.cuda.graph`, which empties the allocator's cache before each of a dozen captures
         self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             result = work()
         finally:
             self._graph.capture_end()
-        self._outputs: list[Tensor] = []
-        self._form = _taken_apart(result, self._outputs)
+        self.form = _taken_apart(result, self.outputs)
 
-    def __call__(self, tensors: Sequence[Tensor]) -> Any:
-        torch._foreach_copy_(self._inputs, list(tensors))
+    def replay(self) -> None:
+        """Compute the outputs from what the inputs hold now, on the current stream."""
         self._graph.replay()
-        return _put_together(self._form, [each.clone() for each in self._outputs])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from awqkit.decisions import ALPHA_POINTS, AlphaSummary
-from awqkit.kernels.replay import Replays, called
+from awqkit.kernels.replay import Replays, begun
 from awqkit.methods.evidence import Evidence, Readers
 from awqkit.methods.linear import ScaledWeight, group_weights
 from awqkit.methods.plan import LinearPlan
@@ -110,7 +110,7 @@ IMPORTANCE: dict[str, Callable[[Statistics, Evidence], Tensor]] = {
 }
 
 
-def search_channel_scale(
+def begin_channel_scale(
     readers: Readers,
     statistics: Statistics,
     evidence: Evidence,
@@ -118,19 +118,20 @@ def search_channel_scale(
     plan: LinearPlan,
     choices: ScaleChoices,
     replays: Replays | None = None,
-) -> ChannelScale:
-    """The s that minimises the consumers' summed error.
+) -> Callable[[], ChannelScale]:
+    """The s that minimises the consumers' summed error, for whoever asks.
 
     readers: the consumers, unscaled. statistics, evidence: of their input on the original stream. plan: any consumer's
     (they share a grid's choices). replays: by which the search may be replayed.
     """
     if choices.channel_scale == "smooth":
-        return _search_smoothing(readers, statistics, evidence, tied, plan, choices)
+        smoothing = _search_smoothing(readers, statistics, evidence, tied, plan, choices)
+        return lambda: smoothing
     importance = IMPORTANCE[choices.importance](statistics, evidence)
     units = tied.units(plan.group_size, by_layer=choices.alpha_search == "layer")
     given = (readers, importance, evidence.bare, tied.channel_of, tied.num_producer_channels, units)
-    found = called(replays, best_of_families, *given, plan.nameless, choices)
-    return _read(tries(choices.families), found)
+    found = begun(replays, best_of_families, *given, plan.nameless, choices)
+    return lambda: _read(tries(choices.families), found())
 
 
 def best_of_families(

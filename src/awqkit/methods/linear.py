@@ -1,7 +1,7 @@
 """One linear: grid, clip, rounding and refinement, and the check that they did no harm.
 
-In two parts: `rounded_linear` makes tensors of tensors and looks at none of them, `quantize_linear` looks at all of its
-figures at once and decides.
+In two parts: `rounded_linear` makes tensors of tensors and looks at none of them, `begin_linear` looks at all of its
+figures at once and decides, once somebody asks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from awqkit.decisions import CLIP_POINTS, SALIENT_CHANNEL_SHARES, LinearDecision
-from awqkit.kernels.replay import Replays, called
+from awqkit.kernels.replay import Replays, begun
 from awqkit.methods.evidence import Evidence
 from awqkit.methods.plan import LinearPlan
 from awqkit.methods.slots import CLIP, REFINEMENT, ROUNDING
@@ -234,7 +234,20 @@ def quantize_linear(
     fold_weight: Tensor | None = None,
     replays: Replays | None = None,
 ) -> QuantizedLinear:
-    """The quantized linear, never worse than nearest rounding of the same target under the same s.
+    """`begin_linear`, done at once."""
+    return begin_linear(scaled, evidence, plan, row_weight, round_rows, fold_weight, replays)()
+
+
+def begin_linear(
+    scaled: ScaledWeight,
+    evidence: Evidence | None,
+    plan: LinearPlan,
+    row_weight: Tensor | None = None,
+    round_rows: Rounder = round_rows_alike,
+    fold_weight: Tensor | None = None,
+    replays: Replays | None = None,
+) -> Callable[[], QuantizedLinear]:
+    """The quantized linear for whoever asks, never worse than nearest rounding of the same target under the same s.
 
     evidence: of the input that it gets, or None without calibration (then nothing is searched). row_weight: as
     `output_error.weighted_error` takes it, what "worse" is measured with. fold_weight: the same, what `row_errors` of
@@ -243,21 +256,30 @@ def quantize_linear(
     """
     if evidence is None:
         found = rounded_linear(scaled, None, plan, None, None, _round_plainly)
-        return _decided(scaled, None, plan, found, _Figures.of(found.figures, judged=False, weighs_rows=False), None)
+        figures = _Figures.of(found.figures, judged=False, weighs_rows=False)
+        return lambda: _decided(scaled, None, plan, found, figures, None)
 
-    def looked_at(rounder: Rounder) -> tuple[RoundedLinear, _Figures]:
-        found = called(replays, rounded_linear, scaled, evidence.bare, plan.nameless, row_weight, fold_weight, rounder)
+    def begin(rounder: Rounder) -> Callable[[], RoundedLinear]:
+        given = scaled, evidence.bare, plan.nameless, row_weight, fold_weight, rounder
+        return begun(replays, rounded_linear, *given)
+
+    def looked_at(found: RoundedLinear) -> tuple[RoundedLinear, _Figures]:
         return found, _Figures.of(found.figures, judged=True, weighs_rows=fold_weight is not None)
 
-    found, figures = looked_at(round_rows)
-    nearest, chosen = figures.judged
-    if chosen > nearest:
-        reason = (
-            f"clip and rounding raised the output error under this scale "
-            f"({chosen:.3e} > {nearest:.3e}): nearest rounding kept"
-        )
-        return _decided(scaled, evidence, plan, *looked_at(_round_plainly), reason)
-    return _decided(scaled, evidence, plan, found, figures, evidence.raised)
+    started = begin(round_rows)
+
+    def decided() -> QuantizedLinear:
+        found, figures = looked_at(started())
+        nearest, chosen = figures.judged
+        if chosen > nearest:
+            reason = (
+                f"clip and rounding raised the output error under this scale "
+                f"({chosen:.3e} > {nearest:.3e}): nearest rounding kept"
+            )
+            return _decided(scaled, evidence, plan, *looked_at(begin(_round_plainly)()), reason)
+        return _decided(scaled, evidence, plan, found, figures, evidence.raised)
+
+    return decided
 
 
 def _restored(scaled: ScaledWeight, rounded: Rounded) -> Tensor:

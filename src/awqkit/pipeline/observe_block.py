@@ -317,8 +317,8 @@ class _Observer:
                 self.found[each] = accumulate_(self.found[each], inputs, *counted)
 
         try:
-            follow = picked if self._has_experts else nullcontext()
-            with torch.no_grad(), LinearWatch(self._watched, before=before), follow:  # what `before` does nobody follows
+            follow = picked if self._has_experts else nullcontext()  # inside the watch: not what `before` does
+            with torch.no_grad(), LinearWatch(self._watched, before=before), follow:
                 return run()
         finally:
             if self._kept is not None:

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from awqkit.errors import AwqkitError, RankLostError, UsageError, gist
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 
 _HOST = torch.device("cpu")
 _TREE_PARTS = 4  # parts of the rows wherever 1, 2 or 4 ranks are to add up the same bits
@@ -34,6 +34,11 @@ _NO_ANSWER = timedelta(minutes=30)  # from a rank that has not ended; one that h
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.2  # seconds between two looks at what the first rank has told
 _FIRST_ENDED = "the first rank ended"
 _STARTS = itertools.count()
+
+
+def in_turn(tasks: Iterable[Callable[[], T]]) -> list[T]:
+    """What each task returns."""
+    return [task() for task in tasks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +134,20 @@ class Ranks:
                 found.append(value if rank == self.rank else _unpacked(shape, buffer, self.device))
         return found
 
-    def spread(self, tasks: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[T]:
-        """The result of every task, each computed by one rank; the costliest are dealt first, to who has least."""
+    def spread(
+        self,
+        tasks: Sequence[Callable[[], S]],
+        costs: Sequence[float],
+        results_of: Callable[[Iterable[Callable[[], S]]], list[T]] = in_turn,
+    ) -> list[T]:
+        """The result of every task, each computed by one rank; the costliest are dealt first, to who has least.
+
+        results_of: how a rank computes its own.
+        """
         if self.size == 1 or not tasks:
-            return [task() for task in tasks]
-        mine = {number: tasks[number]() for number, owner in enumerate(dealt(costs, self.size)) if owner == self.rank}
+            return results_of(tasks)
+        own_tasks = [number for number, owner in enumerate(dealt(costs, self.size)) if owner == self.rank]
+        mine = dict(zip(own_tasks, results_of([tasks[number] for number in own_tasks]), strict=True))
         results: dict[int, T] = {}
         for own in self.everyones(mine):
             results |= own

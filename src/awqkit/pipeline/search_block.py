@@ -15,9 +15,9 @@ from awqkit.decisions import LOG2_SCALE_POINTS, FoldDecision, LinearDecision, Sc
 from awqkit.methods.evidence import Evidence, MetricChoices, Readers, original_evidence
 from awqkit.methods.fold import (
     ScaleChoices,
+    begin_channel_scale,
     consumer_scale,
     scale_costs,
-    search_channel_scale,
     smoothing_errors,
     storage_cost,
 )
@@ -27,6 +27,7 @@ from awqkit.methods.linear import (
     Rounded,
     Rounder,
     ScaledWeight,
+    begin_linear,
     plain_weight,
     quantize_linear,
     round_rows_alike,
@@ -261,19 +262,27 @@ def _quantize_all(
     rounded = _round_in_parts(context, scaled, shares, evidences, measured)
     made: dict[str, QuantizedLinear] = {}
 
-    def work(entry: LinearInput, wanted: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-        evidence, sent = evidences[entry.first](), {}
-        place = quantized_readers(context, entry).index
+    def begin(entry: LinearInput, wanted: Sequence[str]) -> Callable[[], dict[str, tuple[Any, ...]]]:
+        evidence, place = evidences[entry.first](), quantized_readers(context, entry).index
+        begun = []
         for name in wanted:
             aimed = replace(scaled[name], target=evidence.target(scaled[name].original, place(name)))
-            made[name] = found = _quantize(context, applied, aimed, evidence, measured, name, rounded.get(name))
-            errors = _consumer_errors(context, applied, aimed, found, measured, name)
-            is_known = name in rounded and found.quantized is rounded[name].quantized
-            sent[name] = None if is_known else found.quantized, found.decision, errors
-        return sent
+            begun.append((name, aimed, _begin(context, applied, aimed, evidence, measured, name, rounded.get(name))))
+
+        def done() -> dict[str, tuple[Any, ...]]:
+            sent = {}
+            for name, aimed, linear in begun:
+                made[name] = found = linear()
+                errors = _consumer_errors(context, applied, aimed, found, measured, name)
+                is_known = name in rounded and found.quantized is rounded[name].quantized
+                sent[name] = None if is_known else found.quantized, found.decision, errors
+            return sent
+
+        return done
 
     costs = [sum(context.weight(name).numel() for name in wanted) for _, wanted in shares]
-    results = context.ranks.spread([partial(work, *share) for share in shares], costs)
+    overlapped = context.across.replays.overlapped
+    results = context.ranks.spread([partial(begin, *share) for share in shares], costs, overlapped)
     found = {name: each for result in results for name, each in result.items()}
     return {
         name: (made[name] if name in made else _arrived(context, scaled[name], name, codes, decision, rounded), errors)
@@ -351,7 +360,7 @@ def _consumer_errors(
     return ConsumerErrors(*linear.row_errors, *smoothing_errors([scaled], weights, [sample]))
 
 
-def _quantize(
+def _begin(
     context: BlockContext,
     applied: Sequence[AppliedFold],
     scaled: ScaledWeight,
@@ -359,8 +368,8 @@ def _quantize(
     measured: Measured,
     name: str,
     rounded: Rounded | None = None,
-) -> QuantizedLinear:
-    """rounded: what clip, rounding and refinement have made of it already, if they have."""
+) -> Callable[[], QuantizedLinear]:
+    """A linear on its way. rounded: what clip, rounding and refinement have made of it already, if they have."""
     plan, row_weight = context.block_plan.linears[name], measured.row_weights.get(name)
     sensitive = row_weight is not None and row_weight.dim() == 2
     rounder: Rounder = round_rows_alike
@@ -370,7 +379,7 @@ def _quantize(
         rounder = sensitive_rounder(row_weight)
     fold_weight = row_weights_of(context, [name], measured)[0] if _is_asked(applied, name) else None
     replays = context.across.replays if rounder is round_rows_alike else None
-    return quantize_linear(scaled, evidence, plan, row_weight if sensitive else None, rounder, fold_weight, replays)
+    return begin_linear(scaled, evidence, plan, row_weight if sensitive else None, rounder, fold_weight, replays)
 
 
 def _given(rounded: Rounded) -> Rounder:
@@ -414,12 +423,12 @@ def _search_all(
 ) -> list[AppliedFold]:
     """Every fold searched by one rank; all have what was found."""
 
-    def work(fold: Fold, proof_error: float) -> tuple[Tensor, Mapping[str, Tensor], FoldDecision]:
-        found = _search(context, fold, proof_error, measured, originals)
-        return found.channel_scale, found.stored, found.decision
+    def begin(fold: Fold, proof_error: float) -> Callable[[], tuple[Tensor, Mapping[str, Tensor], FoldDecision]]:
+        return _begin_search(context, fold, proof_error, measured, originals)
 
     costs = [sum(context.weight(name).numel() for name in fold.consumers) for fold, _ in folds]
-    results = context.ranks.spread([partial(work, *each) for each in folds], costs)
+    overlapped = context.across.replays.overlapped
+    results = context.ranks.spread([partial(begin, *each) for each in folds], costs, overlapped)
     return [AppliedFold(fold, *found) for (fold, _), found in zip(folds, results, strict=True)]
 
 
@@ -435,13 +444,14 @@ def _by_chunk(
     return found
 
 
-def _search(
+def _begin_search(
     context: BlockContext,
     fold: Fold,
     proof_error: float,
     measured: Measured,
     originals: Mapping[str, Evidence],
-) -> AppliedFold:
+) -> Callable[[], tuple[Tensor, Mapping[str, Tensor], FoldDecision]]:
+    """A fold on its way: s, what is stored of its producer, and the Decision."""
     consumers = [name for name in fold.consumers if not context.kept(name)]
     entries = context.structure.inputs_of(consumers)
     recipe, readers = context.recipe, readers_named(context, consumers, measured)
@@ -452,7 +462,7 @@ def _search(
         readers = replace(readers, row_weights=tuple(row_weights_of(context, consumers, measured)))
         choices = metric_choices(recipe) if context.plan.linears[0].needs_factor else None
         evidence = original_evidence(statistics, readers, choices)
-    found = search_channel_scale(
+    searched = begin_channel_scale(
         readers,
         statistics,
         evidence,
@@ -463,19 +473,24 @@ def _search(
         ),
         context.across.replays,
     )
-    stored, kept_columns = _stored(context, fold, found.per_channel, readers, evidence, measured)
-    scale = ScaleSummary(**scale_summary(stored.channel_scale, LOG2_SCALE_POINTS)._asdict())
-    decision = FoldDecision(
-        fold.label,
-        fold.kind,
-        fold.consumers,
-        fold.num_channels,
-        proof_error,
-        alpha=found.alpha,
-        scale=scale,
-        kept_columns=kept_columns,
-    )
-    return AppliedFold(fold, stored.channel_scale, stored.values, decision)
+
+    def done() -> tuple[Tensor, Mapping[str, Tensor], FoldDecision]:
+        found = searched()
+        stored, kept_columns = _stored(context, fold, found.per_channel, readers, evidence, measured)
+        scale = ScaleSummary(**scale_summary(stored.channel_scale, LOG2_SCALE_POINTS)._asdict())
+        decision = FoldDecision(
+            fold.label,
+            fold.kind,
+            fold.consumers,
+            fold.num_channels,
+            proof_error,
+            alpha=found.alpha,
+            scale=scale,
+            kept_columns=kept_columns,
+        )
+        return stored.channel_scale, stored.values, decision
+
+    return done
 
 
 def _stored(
