@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 
 from awqkit.calibration import builtin
@@ -55,6 +57,20 @@ def test_excluded_modules_are_absent(library, monkeypatch):
     text = "".join(builtin_documents(frozenset({"b", "package"})))
     assert all(f"Docstring of {name}." in text for name in ["a.py", "bc.py", "z.py"])
     assert not any(f"Docstring of {name}" in text for name in ["b.py", "package"])
+
+
+def test_docstrings_are_found_in_the_order_of_the_whole_tree() -> None:
+    source = '"m"\nif 1:\n class A:\n  "a"\n  def f(self, x=lambda: 0):\n   "f"\n   def g(): "g"\n'
+    source += 'try:\n def h(): "h"\nexcept E:\n def i(): "i"\nelse:\n async def j(): "j"\nfinally:\n def k(): "k"\n'
+    source += 'match x:\n case 1:\n  def l(): "l"\nwith y:\n for z in w:\n  def n(): "n"\n else:\n  def o(): "o"\n'
+    tree = ast.parse(source)
+    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found, expected = (
+        [node.name for node in nodes if isinstance(node, kinds)]
+        for nodes in (builtin._statements(tree), ast.walk(tree))
+    )
+    assert found == expected
+    assert len(expected) == 10 and builtin._docstrings(source).split() == ["m", *map(str.lower, expected)]
 
 
 def test_no_module_gives_both_its_docstrings_and_its_source(library, monkeypatch):

@@ -18,6 +18,7 @@ import ast
 import os
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -35,6 +36,7 @@ NOT_TEXT = frozenset({"site-packages", "dist-packages", "__pycache__", "encoding
 NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "lib2to3", "turtledemo"})
 # Of this machine, not of Python: the text would differ for no good reason.
 _BUILD_SETTINGS = ("config-", "_sysconfigdata")
+_INSIDE = ("body", "handlers", "orelse", "finalbody", "cases")  # where a statement holds others, in the order of fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,18 @@ def _in_turn(*streams: Iterable[str]) -> Iterator[str]:
 def _docstrings(source: str) -> str:
     """Every docstring of a module, outer ones before inner ones."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(_parse(source)) if isinstance(node, kinds))
+    found = (ast.get_docstring(node) for node in _statements(_parse(source)) if isinstance(node, kinds))
     return "\n\n".join(text for text in found if text)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The tree and what it holds in the order of `ast.walk`, expressions left out: nine tenths of all nodes."""
+    waiting = deque[ast.AST]([tree])
+    while waiting:
+        node = waiting.popleft()
+        for name in _INSIDE:
+            waiting.extend(getattr(node, name, ()))
+        yield node
 
 
 def _head(source: str) -> str:
