@@ -114,7 +114,7 @@ class Replays:
     def let_go(self) -> None:
         """Hold no graph and no buffer, and make none any more: where memory is short, or wanted for something else."""
         for lane in self._lanes:
-            torch.cuda.current_stream(lane.stream.device).wait_stream(lane.stream)
+            lane.stream.synchronize()  # whose memory is for all streams from now on
         self._lanes.clear()
         self._has_room = False
 
