@@ -247,6 +247,11 @@ class Recipe:
         return not (plain and searches and self.sensitivity == "none" and not self.propagates)
 
     @property
+    def looks_at_tokens(self) -> bool:
+        """Whether any step asks for tokens themselves, beside their sums: what rounds inputs, token by token."""
+        return self.activations != "none" or self.channel_scale == "smooth"
+
+    @property
     def needs_logits(self) -> bool:
         """Whether what follows the last block is run, too."""
         return self.sensitivity != "none" or self.tuning_epochs > 0

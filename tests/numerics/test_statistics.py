@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from awqkit.numerics.statistics import Statistics, accumulate_, empty_statistics, finished, pooled, second_moment
+from awqkit.numerics.statistics import (
+    Statistics,
+    accumulate_,
+    added_,
+    all_added_,
+    empty_statistics,
+    finished,
+    pooled,
+    sampled_evenly,
+    second_moment,
+)
 
 
 def _inputs(tokens: int, channels: int, seed: int = 0) -> Tensor:
@@ -113,3 +123,23 @@ def test_merging_leaves_its_inputs_alone() -> None:
     pooled([first, second])
     assert torch.equal(first.gram, before)
     assert first.token_count == 5
+
+
+def test_without_a_sample_all_the_rest_is_the_same() -> None:
+    parts = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    with_sample, without = (
+        [sampled_evenly(accumulate_(empty_statistics(8, sampled=sampled), part), 2) for part in parts]
+        for sampled in (True, False)
+    )
+    for found, expected in (
+        (
+            all_added_({"": without[0]}, {"": without[1]})[""],
+            all_added_({"": with_sample[0]}, {"": with_sample[1]})[""],
+        ),
+        (added_(without[1], without[0]), added_(with_sample[1], with_sample[0])),
+        (pooled(without), pooled(with_sample)),
+    ):
+        assert found.sample is None and expected.sample is not None and len(expected.sample) > 0
+        assert found.token_count == expected.token_count and found.weight_sum == expected.weight_sum
+        for values in ("abs_sum", "max_abs", "gram"):
+            assert torch.equal(getattr(found, values), getattr(expected, values))

@@ -115,9 +115,9 @@ def test_every_block_is_read_once_and_observed_once_however_many_recipes(monkeyp
         live -= 1
         release(self, index)
 
-    def counted_observe(context: Any, *arguments: Any) -> Any:
+    def counted_observe(context: Any, *arguments: Any, **choices: Any) -> Any:
         observed.append(context.index)
-        return observe(context, *arguments)
+        return observe(context, *arguments, **choices)
 
     monkeypatch.setattr(Skeleton, "load_block", counted_load)
     monkeypatch.setattr(Skeleton, "release_block", counted_release)
@@ -194,9 +194,9 @@ def test_recipes_that_weigh_tokens_are_observed_beside_the_others(monkeypatch: p
     weights: list[bool] = []
     observe = block_step.observe
 
-    def recorded(context: Any, rows: Any, token_weight: Tensor | None, *others: Any) -> Any:
+    def recorded(context: Any, rows: Any, token_weight: Tensor | None, *others: Any, **choices: Any) -> Any:
         weights.append(token_weight is not None)
-        return observe(context, rows, token_weight, *others)
+        return observe(context, rows, token_weight, *others, **choices)
 
     monkeypatch.setattr(block_step, "observe", recorded)
     best = replace(RECIPES["balanced"], sensitivity="end-loss", rounds=1)

@@ -38,7 +38,8 @@ class Statistics:
     """Sums over the tokens that one linear input was seen with; mergeable in any order.
 
     token_count: tokens seen; weight_sum: the sum of their weights, the same number where tokens count alike.
-    abs_sum, max_abs: `[in]` float32, units of x. sample: `[≤ 128, in]` float32, some of the tokens themselves.
+    abs_sum, max_abs: `[in]` float32, units of x. sample: `[≤ 128, in]` float32, some of the tokens themselves, or None
+    where nobody asks for them.
     gram: `[in, in]` float32 or its blocks, a weighted sum; while accumulating as in `Gram`, until `finished`.
     """
 
@@ -46,7 +47,7 @@ class Statistics:
     weight_sum: float
     abs_sum: Tensor
     max_abs: Tensor
-    sample: Tensor
+    sample: Tensor | None
     gram: Tensor
 
     @property
@@ -89,11 +90,14 @@ def mirrored_(summed: Gram) -> Gram:
 
 
 def empty_statistics(
-    num_channels: int, device: torch.device | str = "cpu", group_size: int | None = None
+    num_channels: int, device: torch.device | str = "cpu", group_size: int | None = None, *, sampled: bool = True
 ) -> Statistics:
-    """Statistics of no tokens for an input of `num_channels`; group_size: for the gram's blocks of that size alone."""
+    """Statistics of no tokens for an input of `num_channels`; group_size: for the gram's blocks of that size alone.
+
+    sampled: whether some tokens are to be kept.
+    """
     abs_sum, max_abs = torch.zeros(2, num_channels, device=device).unbind()
-    none = torch.empty(0, num_channels, device=device)
+    none = torch.empty(0, num_channels, device=device) if sampled else None
     if group_size is None:
         gram = empty_gram(num_channels, device).gram
     else:
@@ -129,9 +133,9 @@ def accumulate_(
     )
 
 
-def _sampled(sample: Tensor, tokens: Tensor) -> Tensor:
-    """The sample, filled up with tokens evenly spaced over a batch."""
-    wanted = _SAMPLE_TOKENS - sample.shape[0]
+def _sampled(sample: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """The sample, if there is to be one, filled up with tokens evenly spaced over a batch."""
+    wanted = 0 if sample is None else _SAMPLE_TOKENS - sample.shape[0]
     if wanted <= 0:
         return sample
     return torch.cat([sample, tokens[:: max(1, -(-tokens.shape[0] // wanted))]])
@@ -173,7 +177,7 @@ def added_(first: Statistics, second: Statistics) -> Statistics:
         summed.weight_sum,
         first.abs_sum.add_(second.abs_sum),
         torch.maximum(first.max_abs, second.max_abs),
-        torch.cat([first.sample, second.sample]),
+        joined_samples([first.sample, second.sample]),
         summed.gram,
     )
 
@@ -193,14 +197,22 @@ def all_added_(first: Mapping[str, Statistics], second: Mapping[str, Statistics]
             found,
             token_count=found.token_count + other.token_count,
             weight_sum=found.weight_sum + other.weight_sum,
-            sample=torch.cat([found.sample, other.sample]),
+            sample=joined_samples([found.sample, other.sample]),
         )
         for name, (found, other) in zip(first, pairs, strict=True)
     }
 
 
+def joined_samples(samples: Sequence[Tensor | None]) -> Tensor | None:
+    """One after the other; None where there are none."""
+    there = [sample for sample in samples if sample is not None]
+    return torch.cat(there) if there else None
+
+
 def sampled_evenly(statistics: Statistics, parts: int) -> Statistics:
     """With so few tokens in the sample, evenly spaced, that the samples of `parts` such parts are one together."""
+    if statistics.sample is None:
+        return statistics
     wanted = -(-_SAMPLE_TOKENS // parts)
     return replace(statistics, sample=statistics.sample[:: max(1, -(-len(statistics.sample) // wanted))])
 
@@ -211,12 +223,13 @@ def pooled(parts: Sequence[Statistics]) -> Statistics:
     for part in parts:
         gram += part.gram
     each = -(-_SAMPLE_TOKENS // len(parts))
+    sample = joined_samples([None if part.sample is None else part.sample[:each] for part in parts])
     return Statistics(
         sum(part.token_count for part in parts),
         sum(part.weight_sum for part in parts),
         torch.stack([part.abs_sum for part in parts]).sum(dim=0),
         torch.stack([part.max_abs for part in parts]).amax(dim=0),
-        torch.cat([part.sample[:each] for part in parts])[:_SAMPLE_TOKENS],
+        None if sample is None else sample[:_SAMPLE_TOKENS],
         gram,
     )
 

@@ -152,7 +152,8 @@ def observe_block(context: BlockContext, streams: Streams, recipes: Sequence[Rec
     token_weight = streams.token_weight(index)
     alone_in_groups = len(recipes) == 1 and not recipes[0].looks_across_groups
     group_size = context.plan.group_size if alone_in_groups else None
-    statistics = observe(context, original, token_weight, kept, group_size)
+    sampled = any(recipe.looks_at_tokens for recipe in recipes)
+    statistics = observe(context, original, token_weight, kept, group_size, sampled=sampled)
     if kept is not None:
         kept.agree_on_sources(context.ranks)
     return Observed(statistics, row_weights, token_weight, kept)

@@ -38,10 +38,11 @@ def of_tokens(per_token: Tensor | None, numbers: Tensor | None) -> Tensor | None
 
 def usual_of_experts(views: Sequence[LinearView], squares: Mapping[str, Tensor]) -> dict[tuple[str, str], float]:
     """The mean row weight of the experts' like parts, for those that no token of the probe met."""
+    of_experts = [(view.expert, squares[view.name].mean()) for view in views if view.expert is not None]
+    means = torch.stack([mean for _, mean in of_experts]).tolist() if of_experts else ()  # one look at a device
     found: dict[tuple[str, str], list[float]] = {}
-    for view in views:
-        if view.expert is not None:
-            found.setdefault((view.expert.experts, view.expert.part), []).append(float(squares[view.name].mean()))
+    for (expert, _), mean in zip(of_experts, means, strict=True):
+        found.setdefault((expert.experts, expert.part), []).append(mean)
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 

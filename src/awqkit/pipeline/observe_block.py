@@ -155,7 +155,7 @@ def measure_row_weights(context: BlockContext, probe_rows: HiddenStates) -> dict
         probe_rows.write(part, result.detach(), beside)
     largest = torch.stack(torch._foreach_norm(list(squares.values()), math.inf)).tolist() if squares else ()
     unfelt = {view.name for view in views} - {name for name, most in zip(squares, largest, strict=True) if most != 0}
-    usual = usual_of_experts([view for view in views if view.name not in unfelt], squares)
+    usual = usual_of_experts([view for view in views if view.name not in unfelt], squares) if unfelt else {}
     for view in views:
         if view.name in unfelt:
             key = (view.expert.experts, view.expert.part) if view.expert else None
@@ -169,20 +169,23 @@ def observe(
     token_weight: Tensor | None = None,
     kept: KeptInputs | None = None,
     group_size: int | None = None,
+    *,
+    sampled: bool = True,
 ) -> BlockStatistics:
     """Statistics of every linear input, by its first reader; the rows move on to the block's output.
 
     token_weight: `[rows, tokens]`, see `numerics.statistics`. kept: filled with the inputs themselves, if given, but
-    for those of experts. group_size: for no more of each gram than its blocks of that size, where they tile it. An
-    expert whose tokens cannot be told from one another counts padding as well. Where a block has more experts than
-    `BlockContext.experts_at_once`, theirs are made later, chunk by chunk.
+    for those of experts. group_size: for no more of each gram than its blocks of that size, where they tile it.
+    sampled: whether some tokens themselves are kept as well. An expert whose tokens cannot be told from one another
+    counts padding as well. Where a block has more experts than `BlockContext.experts_at_once`, theirs are made later,
+    chunk by chunk.
     """
     structure, numbers = context.structure, chunk_numbers(context.structure, context.experts_at_once)
     blocks = {entry.first: whole_groups(entry.num_channels, group_size) for entry in structure.inputs}
     if numbers:
-        return _observed_in_chunks(context, rows, token_weight, kept, blocks, numbers)
+        return _observed_in_chunks(context, rows, token_weight, kept, blocks, numbers, sampled=sampled)
     sums = [_Sum(entry.first, entry.num_channels, blocks[entry.first], (entry.first,)) for entry in structure.inputs]
-    found = _summed(context, rows, token_weight, _Observer(context, kept, sums), moves_on=True)
+    found = _summed(context, rows, token_weight, _Observer(context, kept, sums, sampled=sampled), moves_on=True)
     return BlockStatistics(with_few_tokens_shrunk(structure, found))
 
 
@@ -193,6 +196,8 @@ def _observed_in_chunks(
     kept: KeptInputs | None,
     blocks: Mapping[str, int | None],
     numbers: Mapping[str, int],
+    *,
+    sampled: bool,
 ) -> BlockStatistics:
     """Whole statistics of what every token meets; of experts their tokens, and the statistics of all together.
 
@@ -208,7 +213,7 @@ def _observed_in_chunks(
     for name, entries in alike.items():
         first = entries[0].first
         sums.append(_Sum(name, entries[0].num_channels, blocks[first], tuple(entry.first for entry in entries)))
-    found = _summed(context, rows, token_weight, _Observer(context, kept, sums), moves_on=True)
+    found = _summed(context, rows, token_weight, _Observer(context, kept, sums, sampled=sampled), moves_on=True)
     together: dict[str, Statistics] = {}
     for name, entries in alike.items():
         evenly = pooled([found[entry.first] for entry in entries]).sample
@@ -217,7 +222,7 @@ def _observed_in_chunks(
 
     def make(names: Collection[str]) -> dict[str, Statistics]:
         chunk = [_Sum(first, structure.input_of(first).num_channels, blocks[first], (first,)) for first in names]
-        seen = _summed(context, entered, token_weight, _Observer(context, None, chunk), moves_on=False)
+        seen = _summed(context, entered, token_weight, _Observer(context, None, chunk, sampled=sampled), moves_on=False)
         made = {}
         for first in names:
             entry, moment = structure.input_of(first), second_moment(together[first])
@@ -269,8 +274,9 @@ class _Sum:
 class _Observer:
     """Sums as they grow, by name."""
 
-    def __init__(self, context: BlockContext, kept: KeptInputs | None, sums: Sequence[_Sum]) -> None:
+    def __init__(self, context: BlockContext, kept: KeptInputs | None, sums: Sequence[_Sum], *, sampled: bool) -> None:
         self.found: dict[str, Statistics] = {}
+        self._sampled = sampled
         self._sums, self._device, self._kept = sums, context.device, kept
         self._counted_in: dict[str, list[str]] = {}
         self._has_experts = any(entry.expert is not None for entry in context.structure.inputs)
@@ -282,7 +288,10 @@ class _Observer:
 
     def begin(self) -> None:
         """Begin with no tokens."""
-        self.found = {each.name: empty_statistics(each.num_channels, self._device, each.block) for each in self._sums}
+        self.found = {
+            each.name: empty_statistics(each.num_channels, self._device, each.block, sampled=self._sampled)
+            for each in self._sums
+        }
 
     def taken(self) -> dict[str, Statistics]:
         """What was found, which is not held here any longer."""

@@ -356,6 +356,7 @@ def _consumer_errors(
     if context.recipe.activations == "none" or not _is_asked(applied, name):
         return ConsumerErrors(*linear.row_errors)
     sample = measured.statistics[context.structure.input_of(name).first].sample
+    assert sample is not None  # as `observe_block` has it where activations are rounded
     weights = row_weights_of(context, [name], measured)
     return ConsumerErrors(*linear.row_errors, *smoothing_errors([scaled], weights, [sample]))
 

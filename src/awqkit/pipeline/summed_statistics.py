@@ -17,6 +17,7 @@ from awqkit.numerics.statistics import (
     added_gram_,
     added_paired_,
     all_added_,
+    joined_samples,
     sampled_evenly,
 )
 from awqkit.pipeline.free_memory import is_spare
@@ -55,7 +56,7 @@ def summed_statistics(
             grams[name].weight_sum,
             abs_sums[number],
             maxima[number],
-            torch.cat([of_rank[number] for of_rank in samples]),
+            joined_samples([of_rank[number] for of_rank in samples]),
             grams[name].gram,
         )
         for number, name in enumerate(own)
