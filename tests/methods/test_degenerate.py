@@ -15,7 +15,7 @@ from torch import Tensor
 from awqkit import Recipe
 from awqkit.methods.evidence import Evidence, MetricChoices, Readers, original_evidence, propagated_evidence
 from awqkit.methods.fold import ScaleChoices, Tied, begin_channel_scale
-from awqkit.methods.linear import QuantizedLinear, ScaledWeight, quantize_linear, round_plainly
+from awqkit.methods.linear import QuantizedLinear, ScaledWeight, begin_linear, round_plainly
 from awqkit.methods.plan import LinearPlan
 from awqkit.methods.rows import sensitive_rounder
 from awqkit.numerics.grid import dequantize
@@ -160,7 +160,7 @@ def test_a_linear_is_finite_and_never_worse_than_nearest_rounding(
     readers = Readers((case.weight,), (torch.ones(ROWS),))
     evidence = original_evidence(_statistics(case.inputs), readers, _choices(RECIPES[recipe], plan))
     scaled = ScaledWeight.unscaled(case.weight)
-    _check(quantize_linear(scaled, evidence, plan), scaled, evidence)
+    _check(begin_linear(scaled, evidence, plan)(), scaled, evidence)
 
 
 @pytest.mark.parametrize("recipe", ["fast", "balanced", "awq"])
@@ -178,7 +178,7 @@ def test_a_channel_scale_is_finite_and_the_linear_under_it_too(edge: str, recipe
     assert bool(found.per_channel.isfinite().all())
     assert bool((found.per_channel > 0).all())
     scaled = ScaledWeight(case.weight, case.weight, found.per_channel, torch.ones(ROWS))
-    _check(quantize_linear(scaled, evidence, plan), scaled, evidence)
+    _check(begin_linear(scaled, evidence, plan)(), scaled, evidence)
 
 
 @pytest.mark.parametrize("propagation", [0.5, 1.0, "auto"])
@@ -193,7 +193,7 @@ def test_a_corrected_target_is_finite_and_the_linear_too(edge: str, propagation:
     target = evidence.target(case.weight)
     assert bool(target.isfinite().all())
     scaled = replace(ScaledWeight.unscaled(case.weight), target=target)
-    _check(quantize_linear(scaled, evidence, plan), scaled, evidence)
+    _check(begin_linear(scaled, evidence, plan)(), scaled, evidence)
 
 
 @pytest.mark.parametrize("edge", EDGES)
@@ -206,7 +206,7 @@ def test_sensitive_rows_are_finite_and_not_worse_by_their_own_objective(edge: st
     readers = Readers((case.weight,), (sensitivity,))
     evidence = original_evidence(_statistics(case.inputs), readers, _choices(recipe, plan))
     scaled = ScaledWeight.unscaled(case.weight)
-    found = quantize_linear(scaled, evidence, plan, sensitivity, sensitive_rounder(sensitivity))
+    found = begin_linear(scaled, evidence, plan, sensitivity, sensitive_rounder(sensitivity))()
     assert bool(found.restored.isfinite().all())
     nearest = round_plainly(case.weight, plan)
     errors = [
@@ -223,6 +223,6 @@ def test_fewer_columns_than_a_usual_group_are_one_group(recipe: str) -> None:
     readers = Readers((case.weight,), (torch.ones(ROWS),))
     evidence = original_evidence(_statistics(case.inputs), readers, _choices(RECIPES[recipe], plan))
     scaled = ScaledWeight.unscaled(case.weight)
-    found = quantize_linear(scaled, evidence, plan)
+    found = begin_linear(scaled, evidence, plan)()
     assert found.quantized.grid.group_scale.shape == (ROWS, 1)
     _check(found, scaled, evidence)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awqkit.methods.evidence import Evidence, Readers, original_evidence
 from awqkit.methods.fold import ChannelScale, ScaleChoices, Tied, begin_channel_scale, consumer_scale
-from awqkit.methods.linear import ScaledWeight, plain_weight, quantize_linear, round_plainly
+from awqkit.methods.linear import ScaledWeight, begin_linear, plain_weight, round_plainly
 from awqkit.methods.plan import LinearPlan
 from awqkit.numerics.grid import dequantize
 from awqkit.numerics.statistics import Statistics, accumulate_, empty_statistics, finished, second_moment
@@ -187,7 +187,7 @@ def test_row_errors_are_weighted_and_in_the_originals_units() -> None:
     row_weights = [torch.rand(len(weight)) for weight in weights]
     scaled = [ScaledWeight(weight, weight, s, rows) for weight, rows in zip(weights, row_scale, strict=True)]
     for weight, entry, rows in zip(weights, scaled, row_weights, strict=True):
-        linear = quantize_linear(entry, Evidence(moment, None), replace(PLAN, clip="ends"), fold_weight=rows)
+        linear = begin_linear(entry, Evidence(moment, None), replace(PLAN, clip="ends"), fold_weight=rows)()
         expected = [
             float(((error @ moment.double()) * error).sum(dim=1) @ rows.double())
             for error in ((each - weight).double() for each in (plain_weight(entry, PLAN), linear.restored))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from awqkit.methods import rows
 from awqkit.methods.evidence import Evidence
-from awqkit.methods.linear import ScaledWeight, quantize_linear, round_rows_alike
+from awqkit.methods.linear import ScaledWeight, begin_linear, round_rows_alike
 from awqkit.methods.plan import LinearPlan
 from awqkit.methods.rows import DAMP_RATIO, sensitive_rounder
 from awqkit.numerics.grid import dequantize
@@ -84,8 +84,8 @@ def test_it_lowers_the_objective_in_which_rows_meet(seed: int, monkeypatch: pyte
     monkeypatch.setattr(rows, "MOST_BLOCKS", 1000)
     weight, evidence, sensitivity = _case(seed, out=64)
     plan = replace(PLAN, shape=(64, IN))
-    alike = quantize_linear(weight, evidence, plan, sensitivity)
-    sensitive = quantize_linear(weight, evidence, plan, sensitivity, sensitive_rounder(sensitivity))
+    alike = begin_linear(weight, evidence, plan, sensitivity)()
+    sensitive = begin_linear(weight, evidence, plan, sensitivity, sensitive_rounder(sensitivity))()
     errors = [
         two_sided_objective(linear.restored - weight.target, evidence.moment, sensitivity)
         for linear in (alike, sensitive)
@@ -102,9 +102,9 @@ def test_what_is_not_better_than_nearest_rounding_by_that_objective_is_undone() 
         grid = replace(rounded.quantized.grid, group_scale=rounded.quantized.grid.group_scale * 3)
         return replace(rounded, quantized=replace(rounded.quantized, grid=grid))
 
-    found = quantize_linear(weight, evidence, PLAN, sensitivity, absurd)
+    found = begin_linear(weight, evidence, PLAN, sensitivity, absurd)()
     assert "nearest rounding kept" in found.decision.fallback
-    assert torch.equal(found.quantized.codes, quantize_linear(weight, None, PLAN).quantized.codes)
+    assert torch.equal(found.quantized.codes, begin_linear(weight, None, PLAN)().quantized.codes)
 
 
 @pytest.mark.parametrize("kind", ["zero", "rank one", "dead rows"])
@@ -116,5 +116,5 @@ def test_a_deficient_sensitivity_gives_finite_codes(kind: str) -> None:
         sensitivity = sensitivity[:1].t() @ sensitivity[:1]
     else:
         sensitivity[3:8], sensitivity[:, 3:8] = 0.0, 0.0
-    found = quantize_linear(weight, evidence, PLAN, sensitivity, sensitive_rounder(sensitivity))
+    found = begin_linear(weight, evidence, PLAN, sensitivity, sensitive_rounder(sensitivity))()
     assert bool(found.restored.isfinite().all())

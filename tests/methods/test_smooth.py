@@ -9,7 +9,7 @@ from torch import Tensor
 
 from awqkit.methods.evidence import Evidence, Readers
 from awqkit.methods.fold import ChannelScale, ScaleChoices, Tied, begin_channel_scale, smoothing_errors
-from awqkit.methods.linear import ScaledWeight, quantize_linear, round_plainly
+from awqkit.methods.linear import ScaledWeight, begin_linear, round_plainly
 from awqkit.methods.plan import LinearPlan
 from awqkit.numerics.activations import round_tokens
 from awqkit.numerics.channel_scale import ALPHAS, smooth_candidates
@@ -79,7 +79,7 @@ def test_without_one_21_alphas_and_the_identity_are_tried() -> None:
 
 def _w8a8_error(weight: Tensor, x: Tensor, s: Tensor) -> float:
     """Mean squared error of the output with both sides really rounded, relative to the output."""
-    quantized = quantize_linear(ScaledWeight(weight, weight, s, torch.ones(12)), None, W8)
+    quantized = begin_linear(ScaledWeight(weight, weight, s, torch.ones(12)), None, W8)()
     inputs = round_tokens(x / s) * s
     expected = x.double() @ weight.double().t()
     found = inputs.double() @ quantized.restored.double().t()

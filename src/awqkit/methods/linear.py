@@ -225,19 +225,6 @@ def rounded_linear(
     return RoundedLinear(chosen.quantized, restored, torch.cat([sums, saliency, *kept_range]))
 
 
-def quantize_linear(
-    scaled: ScaledWeight,
-    evidence: Evidence | None,
-    plan: LinearPlan,
-    row_weight: Tensor | None = None,
-    round_rows: Rounder = round_rows_alike,
-    fold_weight: Tensor | None = None,
-    replays: Replays | None = None,
-) -> QuantizedLinear:
-    """`begin_linear`, done at once."""
-    return begin_linear(scaled, evidence, plan, row_weight, round_rows, fold_weight, replays)()
-
-
 def begin_linear(
     scaled: ScaledWeight,
     evidence: Evidence | None,

@@ -29,7 +29,6 @@ from awqkit.methods.linear import (
     ScaledWeight,
     begin_linear,
     plain_weight,
-    quantize_linear,
     round_rows_alike,
 )
 from awqkit.methods.rows import joined_rows, sensitive_rounder
@@ -106,7 +105,7 @@ def choose_plainly(context: BlockContext, originals: OriginalEvidences | None = 
         if plan.keep is None:
             evidence = None if originals is None else originals.brought(context.structure.input_of(name))
             plainly = replace(plan, clip="none", rounding="nearest", rounds=0)
-            quantized[name] = quantize_linear(scaled[name], evidence, plainly)
+            quantized[name] = begin_linear(scaled[name], evidence, plainly)()
     return Choice(scaled, quantized, ())
 
 

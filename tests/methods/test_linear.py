@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from awqkit.methods.evidence import Evidence
-from awqkit.methods.linear import ScaledWeight, plain_weight, quantize_linear, round_plainly
+from awqkit.methods.linear import ScaledWeight, begin_linear, plain_weight, round_plainly
 from awqkit.methods.plan import LinearPlan
 from awqkit.numerics.grid import dequantize
 
@@ -50,7 +50,7 @@ def test_restoring_undoes_both_scales() -> None:
 def test_the_decision_holds_the_errors_of_the_codes(clip: str, symmetric: bool) -> None:
     scaled, moment = _case()
     plan = _plan(12, 24, clip=clip, symmetric=symmetric)
-    found = quantize_linear(scaled, Evidence(moment, None), plan)
+    found = begin_linear(scaled, Evidence(moment, None), plan)()
     weight = scaled.original
     means = dequantize(found.quantized.codes, found.quantized.grid)
     torch.testing.assert_close(found.restored, means / scaled.channel_scale * scaled.row_scale[:, None])
@@ -75,7 +75,7 @@ def test_clip_lowers_the_error_that_it_is_judged_on() -> None:
     scaled, moment = _case()
     moment = torch.block_diag(*(moment[i : i + GROUP, i : i + GROUP] for i in range(0, 24, GROUP)))
     errors = [
-        quantize_linear(scaled, Evidence(moment, None), _plan(12, 24, clip=c)).decision.output_error
+        begin_linear(scaled, Evidence(moment, None), _plan(12, 24, clip=c))().decision.output_error
         for c in ("none", "shared", "ends")
     ]
     assert errors[1] < 0.98 * errors[0]
@@ -85,13 +85,13 @@ def test_clip_lowers_the_error_that_it_is_judged_on() -> None:
 def test_clip_is_searched_for_the_input_that_the_scaled_weight_reads() -> None:
     scaled, moment = _case()
     s = scaled.channel_scale
-    found = quantize_linear(scaled, Evidence(moment, None), _plan(12, 24))
-    expected = quantize_linear(
+    found = begin_linear(scaled, Evidence(moment, None), _plan(12, 24))()
+    expected = begin_linear(
         ScaledWeight.unscaled(scaled.weight), Evidence(moment / s / s[:, None], None), _plan(12, 24)
-    )
+    )()
     assert found.decision.fallback is None
     assert torch.equal(found.quantized.codes, expected.quantized.codes)
-    other = quantize_linear(ScaledWeight.unscaled(scaled.weight), Evidence(moment, None), _plan(12, 24))
+    other = begin_linear(ScaledWeight.unscaled(scaled.weight), Evidence(moment, None), _plan(12, 24))()
     assert not torch.equal(found.quantized.codes, other.quantized.codes)
 
 
@@ -106,7 +106,7 @@ def test_no_linear_is_worse_than_nearest_rounding_and_a_fallback_says_why() -> N
     plan, undone, kept = _plan(1, 2 * GROUP), 0, 0
     for seed in range(40):
         scaled, moment = _correlated(seed)
-        found = quantize_linear(scaled, Evidence(moment, None), plan)
+        found = begin_linear(scaled, Evidence(moment, None), plan)()
         nearest = round_plainly(scaled.weight, plan)
         errors = [
             _error(dequantize(entry.codes, entry.grid), scaled.weight, moment) for entry in (found.quantized, nearest)
@@ -127,7 +127,7 @@ def test_no_linear_is_worse_than_nearest_rounding_and_a_fallback_says_why() -> N
 
 def test_without_calibration_it_is_nearest_rounding_and_output_errors_are_unknown() -> None:
     scaled, _ = _case()
-    found = quantize_linear(scaled, None, _plan(12, 24))
+    found = begin_linear(scaled, None, _plan(12, 24))()
     nearest = round_plainly(scaled.weight, _plan(12, 24))
     assert torch.equal(found.quantized.codes, nearest.codes)
     assert found.decision.output_error is None
@@ -147,6 +147,6 @@ def test_plain_weight_ignores_s_and_keeps_the_row_scale() -> None:
 def test_the_weight_given_is_not_written_to() -> None:
     scaled, moment = _case()
     saved = scaled.original.clone(), moment.clone()
-    quantize_linear(scaled, Evidence(moment, None), _plan(12, 24))
+    begin_linear(scaled, Evidence(moment, None), _plan(12, 24))()
     assert torch.equal(scaled.original, saved[0])
     assert torch.equal(moment, saved[1])
