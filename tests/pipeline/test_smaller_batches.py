@@ -118,7 +118,7 @@ def test_where_one_row_does_not_fit_it_says_what_is_needed(tmp_path: Path, monke
 def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny(tiny_model("llama"), tmp_path / "source")
 
-    def failing(*given: Any) -> Any:
+    def failing(*given: Any, **choices: Any) -> Any:
         raise RuntimeError("something else")
 
     monkeypatch.setattr(block_step, "observe", failing)
