@@ -58,5 +58,5 @@ wheel: ## build the wheel into dist/
 	@.venv/bin/python -m build --wheel --outdir dist .
 
 clean: ## remove build products and caches; the environments stay
-	@rm -rf build dist awqkit-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+	@rm -rf build dist awqkit-demo awqkit-demo-report.html .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	@find src tests tools -type d -name __pycache__ -prune -exec rm -rf {} +
