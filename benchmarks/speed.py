@@ -283,7 +283,7 @@ def main() -> None:
                 words += [] if most is None else ["--device-memory", most]
                 words += ["--device", device, *(["--whole-model"] if args.whole_model else [])]
                 run = {**known, **_in_a_process(words, ranks)}
-                if args.estimate and "failed" not in run:
+                if args.estimate and ranks == 1 and "failed" not in run:  # which estimates one process
                     run["estimate"] = _in_a_process([*words, "--estimate"])
                 runs.append(run)
                 print(verdict(run), flush=True)

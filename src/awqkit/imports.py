@@ -10,7 +10,7 @@ _freezes = False
 
 
 def freeze_imports() -> None:
-    """From now on nobody looks again through what is there once something was imported: for a process all our own."""
+    """In a process that is all our own: what is there at the end of an import is never looked through afterwards."""
     global _freezes
     _freezes = True
 
@@ -20,7 +20,7 @@ def importing() -> Iterator[None]:
     """Inside, Python does not look for garbage.
 
     torch and transformers make a million objects as they are imported, none of which is garbage. Looking through them
-    again and again takes a sixth of the time, and a run that then makes objects of its own would do so, too.
+    again and again takes a sixth of the time.
     """
     was_looking = gc.isenabled()
     gc.disable()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from tiny_contexts import CPU, block_context, hidden_states, token_ids
+from tiny_contexts import CPU, GROUP, block_context, hidden_states, run_on, token_ids
 from tiny_models import WIDTH, WeightsOf, tiny_model
 from torch import Tensor
 
+from awqkit import Recipe
 from awqkit.model.block_calls import run_block
 from awqkit.model.skeleton import Skeleton
 from awqkit.numerics.statistics import Statistics
+from awqkit.pipeline import block_step
 from awqkit.pipeline.activations import HiddenStates
 from awqkit.pipeline.observe_block import observe
 
@@ -134,3 +139,27 @@ def test_statistics_are_those_of_the_inputs_that_the_linears_really_read() -> No
             gram = x.t() @ x
             torch.testing.assert_close(entry.gram.double(), gram, rtol=1e-3, atol=1e-4 * float(gram.max()))
     assert found[0]["self_attn.q_proj"].gram.shape == (WIDTH, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sampled"),
+    [
+        (Recipe.preset("fast", group_size=GROUP), False),
+        (Recipe.preset("balanced", group_size=GROUP, generated=0.0, tuning_epochs=0), False),
+        (Recipe.method("smoothquant"), True),
+    ],
+    ids=["fast", "balanced", "smoothquant"],
+)
+def test_tokens_themselves_are_kept_where_a_recipe_looks_at_them(
+    recipe: Recipe, sampled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+
+    def seen(*given: Any, **choices: Any) -> Any:
+        statistics = observe(*given, **choices)
+        found.extend(statistics[first].sample is not None for first in statistics)
+        return statistics
+
+    monkeypatch.setattr(block_step, "observe", seen)
+    run_on(tiny_model("llama"), tmp_path, recipe)
+    assert found and set(found) == {sampled}

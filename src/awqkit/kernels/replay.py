@@ -114,7 +114,7 @@ class Replays:
     def let_go(self) -> None:
         """Hold no graph and no buffer, and make none any more: where memory is short, or wanted for something else."""
         for lane in self._lanes:
-            lane.stream.synchronize()  # whose memory is for all streams from now on
+            lane.let_go()
         self._lanes.clear()
         self._has_room = False
 
@@ -212,15 +212,21 @@ class _Lane:
             torch._foreach_copy_(made, graph.outputs)
         for each in made:
             each.record_stream(self.stream)  # whoever drops it unread leaves it until it is written
-        done = self.stream.record_event()
+        form, done = graph.form, self.stream.record_event()
         self.num_begun += 1
 
         def result() -> Any:
             self.num_begun -= 1
             torch.cuda.current_stream(self.stream.device).wait_event(done)
-            return _put_together(graph.form, made)
+            return _put_together(form, made)
 
         return result
+
+    def let_go(self) -> None:
+        """Hold no graph and no buffer, though results are waited for: they are there, in memory of their own."""
+        self.stream.synchronize()  # what it computes in is for all streams from now on
+        self.graphs.clear()
+        self._buffers.clear()
 
     def _buffer(self, number: int, like: Tensor) -> Tensor:
         """Where a tensor is copied to: one place for all graphs that take the like, since none keeps anything there."""

@@ -188,7 +188,7 @@ def _search_smoothing(
         full_moment=evidence.moment,
         **plan.grid_choices,
     )
-    assert statistics.sample is not None  # of a recipe that rounds activations, see `pipeline.observe_block`
+    assert statistics.sample is not None  # `Recipe.looks_at_tokens`
     for index, candidate in enumerate(tried):
         errors[index] += token_rounding_error(weight, statistics.sample, candidate.channel_scale, readers.row_weight)
     best = best_per_unit(errors, unit_of_channel[:1], 1)

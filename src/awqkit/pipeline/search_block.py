@@ -266,7 +266,8 @@ def _quantize_all(
         begun = []
         for name in wanted:
             aimed = replace(scaled[name], target=evidence.target(scaled[name].original, place(name)))
-            begun.append((name, aimed, _begin(context, applied, aimed, evidence, measured, name, rounded.get(name))))
+            linear = _begin_rounding(context, applied, aimed, evidence, measured, name, rounded.get(name))
+            begun.append((name, aimed, linear))
 
         def done() -> dict[str, tuple[Any, ...]]:
             sent = {}
@@ -355,12 +356,12 @@ def _consumer_errors(
     if context.recipe.activations == "none" or not _is_asked(applied, name):
         return ConsumerErrors(*linear.row_errors)
     sample = measured.statistics[context.structure.input_of(name).first].sample
-    assert sample is not None  # as `observe_block` has it where activations are rounded
+    assert sample is not None  # `Recipe.looks_at_tokens`
     weights = row_weights_of(context, [name], measured)
     return ConsumerErrors(*linear.row_errors, *smoothing_errors([scaled], weights, [sample]))
 
 
-def _begin(
+def _begin_rounding(
     context: BlockContext,
     applied: Sequence[AppliedFold],
     scaled: ScaledWeight,
