@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from awqkit.kernels.capture import replayed
+from awqkit.kernels.compiled import CompileClock
 from awqkit.model.block_calls import hand_on
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.block_step import BlockResult, quantize_block
@@ -48,8 +49,9 @@ class StepCost:
 class BlockCost:
     """Seconds of one block. fixed: by stage, whatever the rows. by_row: by stage, of one calibration row.
 
-    once: what the first blocks take on top. gradient: of one row on its two passes for end-loss gradients. token_step:
-    of one token more for `_PASSAGES` passages. tuning: None where the recipe does not tune.
+    once: what the first blocks take on top, but for compiling kernels, which the run will find compiled. gradient: of
+    one row on its two passes for end-loss gradients. token_step: of one token more for `_PASSAGES` passages. tuning:
+    None where the recipe does not tune.
     """
 
     fixed: Mapping[str, float]
@@ -70,19 +72,21 @@ def measure_block(
     """
     settle = settler(job.device)
     attempts = list[dict[str, float]]()
+    compiling = CompileClock(job.device)
     while not attempts or _again(job, attempts):
         streams = None if rows is None else scratch_streams(job, index, rows, held_out, tokens_per_batch)
         clock = StageClock(settle)
         clock.enter("read")
         context = block_context(job, index, job.skeleton.load_block(index, job.device))
         probe = None if streams is None else streams.probe.copy()
-        result = _through(job, context, streams, clock)
+        with compiling:
+            result = _through(job, context, streams, clock)
         attempts.append(dict(clock.seconds))
     try:
         if rows is None or streams is None or probe is None:
             return BlockCost(attempts[-1], {}, 0.0, 0.0, 0.0, None)
         last = {**attempts[-1], "read": attempts[0]["read"]}
-        once = sum(sum(each.values()) - sum(last.values()) for each in attempts[:-1])
+        once = sum(sum(each.values()) - sum(last.values()) for each in attempts[:-1]) - compiling.seconds
         recipe, weigh = job.recipe, 0.0
         if recipe.sensitivity == "none" and (recipe.scales_channels or recipe.column_order == "energy"):
             weigh = seconds_of(lambda: measure_row_weights(context, probe), settle)
