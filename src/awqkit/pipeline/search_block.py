@@ -181,7 +181,7 @@ def choose(
     errors: dict[str, ConsumerErrors] = {}
     position, evidences = 0, dict[str, Callable[[], Evidence]]()
     while position < len(entries):
-        together = _independent(entries, position, statistics)
+        together = _independent(entries, position, statistics, all_are=not context.recipe.propagates)
         statistics.bring(together)
         applied += _search_all(context, waiting.pop(statistics.chunk_of(together[0]), ()), measured, originals)
         if not evidences:
@@ -213,11 +213,17 @@ def choose(
     return Choice(_scaled_weights(context, applied, every), quantized, tuple(applied))
 
 
-def _independent(entries: Sequence[LinearInput], position: int, statistics: BlockStatistics) -> list[LinearInput]:
-    """The input there, and if it is an expert's those after it as far as they are experts' too, of the same chunk."""
+def _independent(
+    entries: Sequence[LinearInput], position: int, statistics: BlockStatistics, *, all_are: bool
+) -> list[LinearInput]:
+    """The input there and those after it, as far as they do not depend on how its readers are quantized.
+
+    all_are: none does, since all are judged on the original stream; else none of an expert's does on another expert's.
+    Of the same chunk in any case.
+    """
     found = [entries[position]]
     for entry in entries[position + 1 :]:
-        if found[0].expert is None or entry.expert is None:
+        if not all_are and (found[0].expert is None or entry.expert is None):
             break
         if statistics.chunk_of(entry) != statistics.chunk_of(found[0]):
             break
