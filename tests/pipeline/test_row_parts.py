@@ -6,15 +6,18 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_contexts import CPU, block_context, token_ids
+from tiny_contexts import CPU, GROUP, block_context, run_on, token_ids
 from tiny_models import tiny_model
 from torch import Tensor
 
+from awqkit import Recipe
 from awqkit.numerics.statistics import Gram, added_gram_
-from awqkit.pipeline import summed_statistics
+from awqkit.pipeline import search_block, summed_statistics
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.ranks import Ranks, _packed, _unpacked, asked_size, dealt
 from awqkit.pipeline.row_parts import by_part, compared_rows, in_pairs, own_rows
@@ -120,6 +123,32 @@ def test_work_is_dealt_by_cost() -> None:
     loads = [sum(cost for cost, owner in zip([1, 8, 3, 4, 4], owners, strict=True) if owner == rank) for rank in (0, 1)]
     assert sorted(loads) == [9, 11]
     assert dealt([], 3) == []
+
+
+@pytest.mark.parametrize(("preset", "inputs_at_once"), [("fast", [4]), ("balanced", [1, 1, 1, 1])])
+def test_where_nothing_propagates_all_inputs_of_a_block_are_one_piece_of_work(
+    preset: str, inputs_at_once: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, quantize_all = list[int](), search_block._quantize_all
+
+    def counted(context: Any, applied: Any, entries: Any, *rest: Any) -> Any:
+        seen.append(len(entries))
+        return quantize_all(context, applied, entries, *rest)
+
+    monkeypatch.setattr(search_block, "_quantize_all", counted)
+    recipe = Recipe.preset(preset, group_size=GROUP, generated=0.0, tuning_epochs=0)
+    result = run_on(tiny_model("llama"), tmp_path, recipe)
+    assert not result.report.fallbacks
+    assert seen == inputs_at_once * len(result.report.blocks)
+
+
+def test_a_fold_whose_h_is_factorised_costs_more_by_its_channels() -> None:
+    context = block_context(tiny_model("llama"), recipe=Recipe.preset("balanced", group_size=GROUP))
+    for fold in context.structure.folds:
+        weights = sum(context.weight(name).numel() for name in fold.consumers)
+        assert search_block._search_cost(context, fold, factor=False) == weights
+        factorised = search_block._search_cost(context, fold, factor=True) - weights
+        assert factorised == context.weight(fold.consumers[0]).shape[1] ** 3 / 2**14
 
 
 def test_what_travels_arrives_as_it_was() -> None:
