@@ -142,15 +142,6 @@ def test_where_nothing_propagates_all_inputs_of_a_block_are_one_piece_of_work(
     assert seen == inputs_at_once * len(result.report.blocks)
 
 
-def test_a_fold_whose_h_is_factorised_costs_more_by_its_channels() -> None:
-    context = block_context(tiny_model("llama"), recipe=Recipe.preset("balanced", group_size=GROUP))
-    for fold in context.structure.folds:
-        weights = sum(context.weight(name).numel() for name in fold.consumers)
-        assert search_block._search_cost(context, fold, factor=False) == weights
-        factorised = search_block._search_cost(context, fold, factor=True) - weights
-        assert factorised == context.weight(fold.consumers[0]).shape[1] ** 3 / 2**14
-
-
 def test_what_travels_arrives_as_it_was() -> None:
     value = {
         "codes": torch.arange(7, dtype=torch.uint8),

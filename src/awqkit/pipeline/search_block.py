@@ -43,7 +43,6 @@ from awqkit.pipeline.expert_tokens import share_of_tokens
 from awqkit.recipe import Recipe
 
 ROWS_WORTH_SHARING = 2048  # of a linear, from which on its rows are rounded in parts
-_CUBES_A_WEIGHT = 1 << 14  # channels³ of a factorisation that take as long as one weight in a search of scales
 EXACT, ROUNDED = "exact", "rounded"  # `FoldDecision.kept_columns`
 
 
@@ -158,11 +157,6 @@ class OriginalEvidences(Mapping[str, Evidence]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    @property
-    def has_factors(self) -> bool:
-        """Whether H is factorised for each."""
-        return self._choices is not None
-
     def _make(self, entry: LinearInput) -> Evidence:
         readers = readers_of(self._context, entry, self._measured)
         return original_evidence(self._measured.statistics[entry.first], readers, self._choices)
@@ -172,7 +166,7 @@ def choose(
     context: BlockContext,
     folds: Sequence[tuple[Fold, float]],
     measured: Measured,
-    originals: OriginalEvidences,
+    originals: Mapping[str, Evidence],
     evidence_of: EvidenceOf,
 ) -> Choice:
     """Search every fold, quantize every linear in order of data flow, and undo folds whose consumers got worse.
@@ -432,27 +426,17 @@ def _search_all(
     context: BlockContext,
     folds: Sequence[tuple[Fold, float]],
     measured: Measured,
-    originals: OriginalEvidences,
+    originals: Mapping[str, Evidence],
 ) -> list[AppliedFold]:
     """Every fold searched by one rank; all have what was found."""
 
     def begin(fold: Fold, proof_error: float) -> Callable[[], tuple[Tensor, Mapping[str, Tensor], FoldDecision]]:
         return _begin_search(context, fold, proof_error, measured, originals)
 
-    costs = [_search_cost(context, fold, factor=originals.has_factors) for fold, _ in folds]
+    costs = [sum(context.weight(name).numel() for name in fold.consumers) for fold, _ in folds]
     overlapped = context.across.replays.overlapped
     results = context.ranks.spread([partial(begin, *each) for each in folds], costs, overlapped)
     return [AppliedFold(fold, *found) for (fold, _), found in zip(folds, results, strict=True)]
-
-
-def _search_cost(context: BlockContext, fold: Fold, *, factor: bool) -> float:
-    """In weights that are searched; factor: whether the H of what they read is factorised first."""
-    searched = sum(context.weight(name).numel() for name in fold.consumers)
-    if not factor:
-        return searched
-    return (
-        searched + sum(each.num_channels**3 for each in context.structure.inputs_of(fold.consumers)) / _CUBES_A_WEIGHT
-    )
 
 
 def _by_chunk(
