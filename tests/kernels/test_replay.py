@@ -107,6 +107,27 @@ def test_some_works_are_begun_before_the_first_that_is_replayed_is_done() -> Non
     assert max(most) == replay._MOST_BEGUN and lane.num_begun == 0
 
 
+def test_another_lane_gets_a_graph_only_once_it_is_worth_a_capture() -> None:
+    def lane(*keys: str, num_begun: int = 1) -> SimpleNamespace:
+        return SimpleNamespace(graphs=dict.fromkeys(keys), num_begun=num_begun)
+
+    replays, device = Replays(), torch.device("cpu")
+    idle, having, busy = lane("b", num_begun=0), lane("a", num_begun=2), lane("b")
+    replays._lanes = [idle, having, busy, lane("b", "c")]
+    replays._met["a"] = replay._CALLS_A_CAPTURE - 1
+    assert replays._lane_for("a", device) is having  # and waits its turn there
+    replays._met["a"] += 1
+    assert replays._lane_for("a", device) is idle
+    having.num_begun = 0
+    assert replays._lane_for("a", device) is having
+    replays._met["new"] = 2
+    assert replays._lane_for("new", device) in (idle, having)
+    for each in replays._lanes:
+        each.graphs["a"], each.num_begun = None, 1
+    busy.num_begun, replays._met["a"] = 0, 1000
+    assert replays._lane_for("a", device) is busy  # all have one
+
+
 @needs_cuda
 def test_on_a_gpu_works_side_by_side_give_what_each_gives_alone() -> None:
     def work(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ cannot hold is what makes the host wait for the device, and tensors that are mad
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ Result = TypeVar("Result")
 # take Python, and a graph keeps some ten times as much on the device.
 MOST_VALUES = 1 << 24
 NUM_LANES = 4
+_CALLS_A_CAPTURE = 32  # of one graph, before another lane gets its own: a capture takes as long as many replays
 _MOST_BEGUN = 2 * NUM_LANES  # works at a time: what they need is held until each is done
 _ON_THE_HOST = {"aten.lift_fresh", "aten.lift"}  # what `torch.tensor` of a list ends with
 _INDEXING = {"aten.index", "aten.index_put", "aten.index_put_"}  # which only masks make wait
@@ -100,10 +101,9 @@ class Replays:
     def __init__(self, told: Callable[[BaseException], str] = str) -> None:
         self.why_not: str | None = None
         self._told = told
-        self._met: set[Hashable] = set()
+        self._met = Counter[Hashable]()
         self._as_they_are: set[Hashable] = set()
         self._lanes: list[_Lane] = []
-        self._turn = 0
         self._has_room = True
 
     @property
@@ -131,10 +131,10 @@ class Replays:
         if not _takes(tensors):
             return _done(function(*given))
         key = _alike(function, form, tensors)
-        if key in self._as_they_are or key not in self._met:
-            self._met.add(key)
+        self._met[key] += 1
+        if key in self._as_they_are or self._met[key] == 1:
             return _done(function(*given))
-        lane = self._free_lane(tensors[0].device)
+        lane = self._lane_for(key, tensors[0].device)
         if key not in lane.graphs and not self._capture(lane, key, function, form, tensors):
             return _done(function(*given))
         return lane.begin(lane.graphs[key], tensors)
@@ -151,16 +151,17 @@ class Replays:
                 results.append(begun.popleft()())
         return results + [result() for result in begun]
 
-    def _free_lane(self, device: torch.device) -> _Lane:
-        """One where nothing is under way; a new one if there may be more; else the next in turn."""
-        free = next((lane for lane in self._lanes if not lane.num_begun), None)
-        if free is not None:
-            return free
-        if len(self._lanes) < NUM_LANES:
-            self._lanes.append(_Lane(device))
-            return self._lanes[-1]
-        self._turn = (self._turn + 1) % NUM_LANES
-        return self._lanes[self._turn]
+    def _lane_for(self, key: Hashable, device: torch.device) -> _Lane:
+        """One that has a graph of that key and little under way; another, once that is worth a capture."""
+        having = [lane for lane in self._lanes if key in lane.graphs]
+        lane = min(having, key=_begun_on, default=None)
+        if lane is not None and (lane.num_begun == 0 or self._met[key] < _CALLS_A_CAPTURE * len(having)):
+            return lane
+        others = [each for each in self._lanes if key not in each.graphs]
+        if len(self._lanes) < NUM_LANES and all(each.num_begun for each in others):
+            others = [_Lane(device)]
+            self._lanes += others
+        return min(others or having, key=_begun_on)
 
     def _capture(
         self, lane: _Lane, key: Hashable, function: Callable[..., Any], form: Any, tensors: Sequence[Tensor]
@@ -175,6 +176,10 @@ class Replays:
                 self.let_go()
             return False
         return True
+
+
+def _begun_on(lane: _Lane) -> int:
+    return lane.num_begun
 
 
 class _Lane:
