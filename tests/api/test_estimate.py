@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_folders import make_model
 from tiny_models import HANDING_ON, save_tiny, tiny_model, token_rows
 
@@ -63,6 +65,35 @@ def test_what_the_run_would_refuse_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("awqkit.api.refuse.free_bytes", lambda device: 1.0)
     with pytest.raises(NoRoomError):
         estimate(tmp_path / "source", tmp_path / "out", RECIPES["fast"], calibration=ROWS, options=CPU)
+
+
+def test_kernels_that_are_compiled_now_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time through a block takes longer, and all of that is said to have been the compiler's."""
+
+    class AllWasCompiling:
+        tells = True
+
+        def __init__(self, device: torch.device) -> None:
+            self.seconds, self._was_here = 0.0, False
+
+        def __enter__(self) -> None:
+            self._began = time.monotonic()
+            time.sleep(0.0 if self._was_here else 0.5)
+
+        def __exit__(self, *raised: object) -> None:
+            self._was_here = True
+            self.seconds += time.monotonic() - self._began if self.tells else 0.0
+
+    source = make_model(tmp_path / "source")
+
+    def first_block() -> float:
+        found = estimate(source, tmp_path / "out", RECIPES["fast"], calibration=ROWS, options=CPU)
+        return found.seconds.get("first block", 0.0)
+
+    monkeypatch.setattr(block_cost, "CompileClock", AllWasCompiling)
+    assert first_block() == 0.0
+    monkeypatch.setattr(AllWasCompiling, "tells", False)
+    assert first_block() > 0.4
 
 
 def test_a_block_that_took_long_is_not_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

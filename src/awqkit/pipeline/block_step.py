@@ -3,7 +3,8 @@
 prove     every fold of this kind, on this block's real weights
 observe   one pass over the calibration rows: statistics of every input, and the next block's inputs; another for each
           chunk of experts, where those of all would not fit (decision 0029)
-search    a channel scale per fold, codes for every linear in order of data flow, folds that did harm undone
+search    a channel scale per fold, codes for every linear, with propagation in order of data flow; folds that did
+          harm are undone
 check     held-out rows: the block as chosen against the block plainly rounded
 advance   with propagation: the quantized stream moves on
 store     the values of everything that goes to disk

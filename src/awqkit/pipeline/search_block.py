@@ -169,9 +169,10 @@ def choose(
     originals: Mapping[str, Evidence],
     evidence_of: EvidenceOf,
 ) -> Choice:
-    """Search every fold, quantize every linear in order of data flow, and undo folds whose consumers got worse.
+    """Search every fold, quantize every linear, and undo folds whose consumers got worse.
 
-    evidence_of(input, quantized): what the readers of an input are judged by, once all linears before it are quantized.
+    evidence_of(input, quantized): what the readers of an input are judged by; with propagation once all linears before
+    it are quantized, so in order of data flow.
     Undoing a fold takes up the work again where its s was first in use. Experts in chunks are done chunk by chunk.
     """
     statistics, waiting = measured.statistics, _by_chunk(context, folds, measured.statistics)
