@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from tiny_folders import make_model
 from tiny_models import HANDING_ON, save_tiny, tiny_model, token_rows
 
@@ -17,6 +18,7 @@ from awqkit.checkpoint.reports import TIMINGS_FILE
 from awqkit.cli.main import main
 from awqkit.errors import NoRoomError, UsageError
 from awqkit.pipeline import block_cost
+from awqkit.pipeline.block_step import BlockResult
 from awqkit.pipeline.estimate import _overlap
 
 CHOICES = {"group_size": 32, "bits": 3, "format": "compressed-tensors"}
@@ -68,32 +70,26 @@ def test_what_the_run_would_refuse_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_kernels_that_are_compiled_now_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first time through a block takes longer, and all of that is said to have been the compiler's."""
+    source, quantize_block = make_model(tmp_path / "source"), block_cost.quantize_block
 
-    class AllWasCompiling:
-        tells = True
+    def first_block(compiling: float) -> float:
+        """What is said of it where the first time takes half a second more, of which so much was the compiler's."""
+        times = iter([0.5])
 
-        def __init__(self, device: torch.device) -> None:
-            self.seconds, self._was_here = 0.0, False
+        def slow_at_first(*given: Any) -> BlockResult:
+            result = quantize_block(*given)
+            time.sleep(next(times, 0.0))
+            return result
 
-        def __enter__(self) -> None:
-            self._began = time.monotonic()
-            time.sleep(0.0 if self._was_here else 0.5)
-
-        def __exit__(self, *raised: object) -> None:
-            self._was_here = True
-            self.seconds += time.monotonic() - self._began if self.tells else 0.0
-
-    source = make_model(tmp_path / "source")
-
-    def first_block() -> float:
+        told = nullcontext()
+        told.seconds = compiling
+        monkeypatch.setattr(block_cost, "CompileClock", lambda device: told)
+        monkeypatch.setattr(block_cost, "quantize_block", slow_at_first)
         found = estimate(source, tmp_path / "out", RECIPES["fast"], calibration=ROWS, options=CPU)
         return found.seconds.get("first block", 0.0)
 
-    monkeypatch.setattr(block_cost, "CompileClock", AllWasCompiling)
-    assert first_block() == 0.0
-    monkeypatch.setattr(AllWasCompiling, "tells", False)
-    assert first_block() > 0.4
+    assert first_block(compiling=0.0) > 0.4
+    assert first_block(compiling=100.0) == 0.0
 
 
 def test_a_block_that_took_long_is_not_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

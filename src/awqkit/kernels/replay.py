@@ -18,7 +18,6 @@ import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache
-from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -155,14 +154,14 @@ class Replays:
     def _lane_for(self, key: Hashable, device: torch.device) -> _Lane:
         """One that has a graph of that key and little under way; another, once that is worth a capture."""
         having = [lane for lane in self._lanes if key in lane.graphs]
-        lane = min(having, key=attrgetter("num_begun"), default=None)
+        lane = min(having, key=_begun_on, default=None)
         if lane is not None and (lane.num_begun == 0 or self._met[key] < _CALLS_A_CAPTURE * len(having)):
             return lane
         others = [each for each in self._lanes if key not in each.graphs]
         if len(self._lanes) < NUM_LANES and all(each.num_begun for each in others):
             others = [_Lane(device)]
             self._lanes += others
-        return min(others or having, key=attrgetter("num_begun"))
+        return min(others or having, key=_begun_on)
 
     def _capture(
         self, lane: _Lane, key: Hashable, function: Callable[..., Any], form: Any, tensors: Sequence[Tensor]
@@ -177,6 +176,10 @@ class Replays:
                 self.let_go()
             return False
         return True
+
+
+def _begun_on(lane: _Lane) -> int:
+    return lane.num_begun
 
 
 class _Lane:
