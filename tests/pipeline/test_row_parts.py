@@ -20,7 +20,7 @@ from awqkit.numerics.statistics import Gram, added_gram_
 from awqkit.pipeline import search_block, summed_statistics
 from awqkit.pipeline.activations import HiddenStates, TokenRows
 from awqkit.pipeline.ranks import Ranks, _packed, _unpacked, asked_size, dealt
-from awqkit.pipeline.row_parts import by_part, compared_rows, in_pairs, own_rows
+from awqkit.pipeline.row_parts import by_part, compared_rows, copies_of_sums, in_pairs, learnt_rows, own_rows
 from awqkit.pipeline.saved_states import rows_of_pieces
 
 
@@ -47,12 +47,27 @@ def test_one_two_and_four_ranks_cut_rows_alike(count: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_on_a_gpu_what_is_only_compared_is_one_part_of_each_rank(size: int) -> None:
+def test_on_a_gpu_rows_are_one_part_of_each_rank_where_last_bits_of_sums_do_not_matter(size: int) -> None:
+    nearest, fed_back, learning = Recipe.preset("fast"), Recipe.preset("balanced"), Recipe(propagation="auto")
     for rank in range(size):
-        own = own_rows(18, Ranks(rank, size))
-        assert compared_rows(18, Ranks(rank, size)) == own
-        found = compared_rows(18, Ranks(rank, size, device=torch.device("cuda")))
-        assert (found.rows, found.ends) == (own.rows, own.ends[-1:])
+        own, on_cpu, on_gpu = (
+            own_rows(18, Ranks(rank, size)),
+            Ranks(rank, size),
+            Ranks(rank, size, torch.device("cuda")),
+        )
+        whole = replace(own, ends=own.ends[-1:])
+        for recipe in (nearest, fed_back, learning):
+            assert learnt_rows(18, on_cpu, recipe) == compared_rows(18, on_cpu, recipe) == own
+        assert [learnt_rows(18, on_gpu, recipe) for recipe in (nearest, fed_back, learning)] == [whole, own, own]
+        assert [compared_rows(18, on_gpu, recipe) for recipe in (nearest, fed_back, learning)] == [whole, whole, own]
+
+
+def test_sums_that_wait_are_counted() -> None:
+    """A part under way, those that wait for their partners, and what arrives."""
+    on_gpu = torch.device("cuda")
+    for recipe, copies in ((Recipe.preset("balanced"), [3, 3, 2]), (Recipe.preset("fast"), [1, 2, 2])):
+        assert [copies_of_sums(Ranks(0, size, on_gpu), recipe) for size in (1, 2, 4)] == copies
+    assert copies_of_sums(Ranks(), Recipe.preset("fast")) == 3
 
 
 def test_no_batch_has_rows_of_two_parts() -> None:

@@ -180,6 +180,9 @@ def test_fewer_tokens_where_memory_is_short() -> None:
     assert fitting_tokens(llama, gpu, 1e9) == 1  # whose batches are single rows
     small = BlockMemory(weights=10 << 20, statistics=10 << 20, search=50 << 20, token=30_000)
     assert fitting_tokens(small, gpu, 80e9) == 32768
+    experts = replace(llama, experts=128)  # a call for each, which few tokens make more of
+    assert fitting_tokens(experts, gpu, 80e9) == 32768
+    assert fitting_tokens(experts, gpu, 11e9) == fitting_tokens(llama, gpu, 11e9) == 8192
 
 
 def test_the_memory_of_a_block_is_counted_from_the_plan() -> None:

@@ -18,7 +18,7 @@ import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -292,15 +292,13 @@ class _Replay:
         self._graph.replay()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where the tensor of that number belongs."""
 
     number: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Parts:
+class _Parts(NamedTuple):
     """What is made of parts: a tuple, or a dataclass by its fields."""
 
     kind: type
@@ -310,22 +308,24 @@ class _Parts:
 def _taken_apart(value: Any, tensors: list[Tensor]) -> Any:
     """What is left of a value without its tensors, which are added to `tensors`. It can be hashed."""
     if isinstance(value, Tensor):
-        known = (number for number, each in enumerate(tensors) if each is value)
-        number = next(known, len(tensors))
-        if number == len(tensors):
-            tensors.append(value)
-        return _Place(number)
+        for number, known in enumerate(tensors):
+            if known is value:
+                return _Place(number)
+        tensors.append(value)
+        return _Place(len(tensors) - 1)
     if isinstance(value, tuple):
-        return _Parts(tuple, tuple(_taken_apart(each, tensors) for each in value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = (getattr(value, name) for name in _field_names(type(value)))
-        return _Parts(type(value), tuple(_taken_apart(each, tensors) for each in fields))
-    return value
+        return _Parts(tuple, tuple([_taken_apart(each, tensors) for each in value]))
+    kind = type(value)
+    names = _field_names(kind)
+    if names is None:
+        return value
+    return _Parts(kind, tuple([_taken_apart(getattr(value, name), tensors) for name in names]))
 
 
 @cache
-def _field_names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """Of a dataclass, None for what is none."""
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
 
 
 def _put_together(form: Any, tensors: Sequence[Tensor]) -> Any:

@@ -116,7 +116,8 @@ def fitting_tokens(memory: BlockMemory, device: torch.device, free: float | None
     usual = usual_tokens_per_batch(device)
     if memory.token == 0:
         return usual
-    wanted = min(usual, _BATCH_BYTES / memory.token) if device.type == "cuda" else float(usual)
+    is_bound_by_calls = device.type != "cuda" or memory.experts > 0  # each expert is a few calls a batch
+    wanted = float(usual) if is_bound_by_calls else min(usual, _BATCH_BYTES / memory.token)
     room = wanted if free is None else _SHARE * (free - memory.fixed) / memory.token
     tokens = max(1, int(min(wanted, room)))
     return usual if tokens >= usual else 1 << tokens.bit_length() - 1

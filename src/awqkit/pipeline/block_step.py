@@ -249,6 +249,7 @@ def _on_both_streams(
     choices, picked = metric_choices(context.recipe), picked_inputs(context.structure)
     position = {entry.first: number for number, entry in enumerate(structure.inputs)}
     found: dict[str, tuple[list[QuantizedLinear], Evidence]] = {}  # by source, with the linears that it was found with
+    before_source: dict[str, list[str]] = {}
 
     def evidence(entry: LinearInput, quantized: Mapping[str, QuantizedLinear]) -> Callable[[], Evidence]:
         if entry.expert is not None:
@@ -264,9 +265,10 @@ def _on_both_streams(
         source = kept.source_of(entry.expert.experts)
         if source is None or entry.first not in picked:
             return partial(originals.__getitem__, entry.first)
-        before = [
-            linear for name, linear in quantized.items() if position[structure.input_of(name).first] < position[source]
-        ]
+        if source not in before_source:  # which is the same for all of a block's experts
+            entries = structure.inputs[: position[source]]
+            before_source[source] = [name for each in entries for name in each.readers]
+        before = [quantized[name] for name in before_source[source] if name in quantized]
         known = found.get(source)
         if known is None or [id(each) for each in known[0]] != [id(each) for each in before]:
             whole = structure.input_of(source)

@@ -112,7 +112,7 @@ def begun(
 ) -> Course:
     """All streams before the first block, in batches that fit the contender that needs the most memory."""
     free = free_bytes(device)
-    at_once = _experts_at_once(skeleton, contenders, free)
+    at_once = _experts_at_once(skeleton, contenders, free, Ranks.alone(device))
     needed = [block_memory(skeleton, each.plan, each.recipe, at_once) for each in contenders]
     memory = max(needed, key=lambda each: each.fixed)
     tokens = min(fitting_tokens(each, device, free) for each in needed)
@@ -146,7 +146,8 @@ def _course(
     streams: dict[Kind, Streams] = {}
     num_streams = 2 * len(contenders) + 4  # calibration and evaluation rows of each, and the original's
     reserved = memory.with_tokens(tokens_per_batch)
-    for recipe in (contender.recipe for contender in contenders):
+    recipes = [contender.recipe for contender in contenders]
+    for recipe in sorted(recipes, key=lambda each: not each.looks_across_groups):  # first who needs `own_rows`
         if recipe.needs_calibration and kind_of(recipe) not in streams:
             learning = rows.learning[recipe.own_text]
             start = partial(
@@ -181,11 +182,15 @@ def _course(
     return Course(skeleton, device, lanes, streams, original, tuning, clock, memory, experts_at_once)
 
 
-def _experts_at_once(skeleton: Skeleton, contenders: Sequence[Contender], free: float | None) -> int | None:
+def _experts_at_once(
+    skeleton: Skeleton, contenders: Sequence[Contender], free: float | None, ranks: Ranks
+) -> int | None:
     """As few as suit the contender that needs the most of them."""
-    copies = copies_of_sums(Ranks.alone())
-    memories = [block_memory(skeleton, each.plan, each.recipe) for each in contenders if each.recipe.needs_calibration]
-    found = [fitting_experts(memory, free, copies) for memory in memories]
+    found = [
+        fitting_experts(block_memory(skeleton, each.plan, each.recipe), free, copies_of_sums(ranks, each.recipe))
+        for each in contenders
+        if each.recipe.needs_calibration
+    ]
     return min((each for each in found if each is not None), default=None)
 
 

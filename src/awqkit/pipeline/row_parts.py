@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from awqkit.pipeline.ranks import Ranks
+from awqkit.recipe import AUTO, Recipe
 
 T = TypeVar("T")
 Batch = TypeVar("Batch", bound=tuple[Any, ...])
@@ -38,12 +39,26 @@ def own_rows(count: int, ranks: Ranks, rank: int | None = None) -> OwnRows:
     return OwnRows(count, slice(first, ends[-1]), tuple(end - first for end in ends))
 
 
-def compared_rows(count: int, ranks: Ranks) -> OwnRows:
-    """`own_rows` of rows that results are compared on and nothing is learnt from: on a GPU in one part.
+def learnt_rows(count: int, ranks: Ranks, recipe: Recipe) -> OwnRows:
+    """`own_rows` that statistics are taken of: on a GPU in one part, where a recipe looks at no more than H's groups.
 
-    It is a quarter of the calls, and the order of their sums reaches nothing but the last digits of the errors.
+    It is fewer calls. Sums in another order differ in their last bits, which error feedback turns into other codes and
+    nearest rounding into next to none.
     """
     own = own_rows(count, ranks)
+    return own if recipe.looks_across_groups else _whole_on_gpus(own, ranks)
+
+
+def compared_rows(count: int, ranks: Ranks, recipe: Recipe) -> OwnRows:
+    """`own_rows` that results are compared on: on a GPU in one part, where nothing is learnt from them.
+
+    The order of their sums reaches nothing but the last digits of the errors.
+    """
+    own = own_rows(count, ranks)
+    return own if recipe.propagation == AUTO else _whole_on_gpus(own, ranks)
+
+
+def _whole_on_gpus(own: OwnRows, ranks: Ranks) -> OwnRows:
     return own if ranks.device.type == "cpu" else replace(own, ends=own.ends[-1:])
 
 
@@ -67,9 +82,9 @@ def by_part(batches: Iterable[Batch], ends: Sequence[int]) -> Iterator[Iterator[
         yield until(end)
 
 
-def copies_of_sums(ranks: Ranks) -> int:
+def copies_of_sums(ranks: Ranks, recipe: Recipe) -> int:
     """How many values of one rank `in_pairs` has at a time, with what arrives from other ranks."""
-    own_parts = ranks.num_parts // ranks.size
+    own_parts = len(learnt_rows(0, ranks, recipe).ends)
     return 1 + (own_parts - 1).bit_length() + (ranks.size > 1)
 
 

@@ -77,7 +77,7 @@ class Run:
 
     def with_fitting_experts(self) -> Run:
         """The same with as many experts at a time as fit the memory that is free now."""
-        at_once = fitting_experts(self.memory, free_bytes(self.device), copies_of_sums(self.ranks))
+        at_once = fitting_experts(self.memory, free_bytes(self.device), copies_of_sums(self.ranks, self.recipe))
         return replace(self, experts_at_once=at_once)
 
 

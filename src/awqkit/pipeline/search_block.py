@@ -401,7 +401,7 @@ def _check_folds(
     did harm. Returns the position in `applied` of the fold that was undone, or None.
     """
     for position, applied_fold in enumerate(applied):
-        if not applied_fold.in_use or not any(name in applied_fold.fold.channel_of for name in entry.readers):
+        if not applied_fold.in_use or applied_fold.fold.channel_of.keys().isdisjoint(entry.readers):
             continue
         consumers = [name for name in applied_fold.fold.consumers if not context.kept(name)]
         if entry is not context.structure.inputs_of(consumers)[-1]:

@@ -11,7 +11,7 @@ from awqkit.pipeline.activations import HiddenStates, TokenRows, usual_tokens_pe
 from awqkit.pipeline.context import Stream, Streams
 from awqkit.pipeline.end_gradients import BATCH_DIVISOR, measure_end_gradients
 from awqkit.pipeline.ranks import Ranks
-from awqkit.pipeline.row_parts import OwnRows, compared_rows, own_rows
+from awqkit.pipeline.row_parts import OwnRows, compared_rows, learnt_rows
 from awqkit.recipe import Recipe
 
 _PROBE_ROWS = 2  # calibration rows that the row weights are measured on
@@ -37,7 +37,7 @@ def start_streams(
     """
     usual = tokens_per_batch or usual_tokens_per_batch(device)
     ranks = ranks or Ranks.alone(device)
-    own = own_rows(len(rows.ids), ranks)
+    own = learnt_rows(len(rows.ids), ranks, recipe)
     mine = rows.rows(own.rows)
 
     def stream(part: TokenRows, of_part: OwnRows, batch_divisor: int = 1) -> Stream:
@@ -57,8 +57,7 @@ def start_streams(
     if recipe.sensitivity != "none":
         gradients = measure_end_gradients(skeleton, mine, device, recipe.seed, step, usual, own, ranks)
     if held_out is not None:
-        cut = own_rows if recipe.propagates else compared_rows
-        checked = stream(held_out, cut(len(held_out.ids), ranks), _CHECK_BATCH_DIVISOR)
+        checked = stream(held_out, compared_rows(len(held_out.ids), ranks, recipe), _CHECK_BATCH_DIVISOR)
     return Streams(
         calibration=stream(rows, own, BATCH_DIVISOR if gradients is not None else 1),
         probe=HiddenStates(skeleton, rows.rows(slice(0, _PROBE_ROWS)), device, tokens_per_batch=usual),
