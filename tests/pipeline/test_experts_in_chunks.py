@@ -350,6 +350,7 @@ def test_the_memory_of_a_block_counts_the_experts_of_a_chunk() -> None:
     assert block_memory(context.skeleton, context.plan, BALANCED, EXPERTS) == whole
     fast = block_memory(context.skeleton, context.plan, FAST)
     assert fast.expert == 4 * GROUP * (WIDTH + MLP_WIDTH)
+    assert (fast.calls_count, whole.calls_count) == (True, False)
 
 
 def test_experts_go_in_chunks_of_one_size_where_they_do_not_fit() -> None:

@@ -17,6 +17,7 @@ from awqkit.recipe import Recipe
 _SHARE = 0.5  # of the memory that a block leaves, for a batch; the rest is for what is kept of all rows
 _EXPERTS_SHARE = 0.25  # of the free memory, for the statistics of a block's experts
 _BATCH_BYTES = 2.6e9  # beyond it a GPU computes no faster: 8192 tokens of a block with hidden states of 4096
+_TOKENS_OF_MANY_CALLS = 65536  # a GPU's batch where each expert is calls in every batch, which take longer than it
 _METRIC_COPIES = 4  # of the widest H, beside that of the statistics: Ĥ, C, U, and one on the way to U
 _WEIGHT_COPIES = 6  # of the largest weight: scaled, codes, restored, and what a search holds of each
 
@@ -27,6 +28,7 @@ class BlockMemory:
 
     token: for each token of a batch, all inputs and outputs of linears and a few hidden states. experts: how many there
     are, of which each has `expert` of the statistics, all H; together: what is held of them where they go in chunks.
+    calls_count: whether rows are summed in one part, so that larger batches are fewer calls of each expert.
     """
 
     weights: int
@@ -36,6 +38,7 @@ class BlockMemory:
     experts: int = 0
     expert: int = 0
     together: int = 0
+    calls_count: bool = False
 
     @property
     def fixed(self) -> int:
@@ -97,7 +100,8 @@ def _of_block(weights: int, structure: BlockStructure, recipe: Recipe, width: in
     written = sum(structure.linear(name).shape[0] for entry in met.values() for name in entry.readers)
     token = 4 * (3 * width + read + written)
     expert = sum(experts.values()) // max(len(experts), 1)
-    return BlockMemory(weights, statistics, search, token, len(experts), expert, together)
+    calls_count = bool(experts) and not recipe.looks_across_groups
+    return BlockMemory(weights, statistics, search, token, len(experts), expert, together, calls_count)
 
 
 def _met_by_every_token(structure: BlockStructure) -> Mapping[object, LinearInput]:
@@ -113,14 +117,13 @@ def fitting_tokens(memory: BlockMemory, device: torch.device, free: float | None
 
     free: bytes of the device that are not in use, None where nobody knows.
     """
-    usual = usual_tokens_per_batch(device)
+    usual = wanted = usual_tokens_per_batch(device)
     if memory.token == 0:
         return usual
-    is_bound_by_calls = device.type != "cuda" or memory.experts > 0  # each expert is a few calls a batch
-    wanted = float(usual) if is_bound_by_calls else min(usual, _BATCH_BYTES / memory.token)
-    room = wanted if free is None else _SHARE * (free - memory.fixed) / memory.token
-    tokens = max(1, int(min(wanted, room)))
-    return usual if tokens >= usual else 1 << tokens.bit_length() - 1
+    if device.type == "cuda":
+        wanted = _TOKENS_OF_MANY_CALLS if memory.calls_count else min(usual, int(_BATCH_BYTES / memory.token))
+    room = wanted if free is None else int(_SHARE * (free - memory.fixed) / memory.token)
+    return 1 << max(1, min(wanted, room)).bit_length() - 1
 
 
 def fitting_experts(memory: BlockMemory, free: float | None, copies: int) -> int | None:
