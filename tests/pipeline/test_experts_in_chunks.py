@@ -350,7 +350,13 @@ def test_the_memory_of_a_block_counts_the_experts_of_a_chunk() -> None:
     assert block_memory(context.skeleton, context.plan, BALANCED, EXPERTS) == whole
     fast = block_memory(context.skeleton, context.plan, FAST)
     assert fast.expert == 4 * GROUP * (WIDTH + MLP_WIDTH)
-    assert (fast.calls_count, whole.calls_count) == (True, False)
+    assert not fast.is_bound_by_calls  # by those of four experts
+
+
+@pytest.mark.parametrize(("recipe", "bound"), [(FAST, True), (BALANCED, False)])
+def test_many_experts_are_bound_by_calls_where_rows_are_summed_in_one_part(recipe: Recipe, bound: bool) -> None:
+    context = block_context(_model(32), recipe=recipe)
+    assert block_memory(context.skeleton, context.plan, recipe).is_bound_by_calls == bound
 
 
 def test_experts_go_in_chunks_of_one_size_where_they_do_not_fit() -> None:

@@ -180,10 +180,12 @@ def test_fewer_tokens_where_memory_is_short() -> None:
     assert fitting_tokens(llama, gpu, 1e9) == 1  # whose batches are single rows
     small = BlockMemory(weights=10 << 20, statistics=10 << 20, search=50 << 20, token=30_000)
     assert fitting_tokens(small, gpu, 80e9) == 32768
-    experts = replace(llama, experts=128, calls_count=True)  # calls of each expert, which few tokens make more of
-    assert fitting_tokens(experts, gpu, 80e9) == 65536
-    assert fitting_tokens(experts, gpu, 11e9) == fitting_tokens(llama, gpu, 11e9) == 8192
-    assert fitting_tokens(experts, cpu, None) == 4096
+    qwen = replace(llama, token=111_000, experts=128, is_bound_by_calls=True)  # calls of each expert, in every batch
+    assert fitting_tokens(qwen, gpu, 80e9) == 65536
+    assert fitting_tokens(replace(qwen, is_bound_by_calls=False), gpu, 80e9) == 16384
+    assert fitting_tokens(replace(qwen, token=450_000), gpu, 80e9) == 16384
+    assert fitting_tokens(qwen, gpu, 9e9) == 16384
+    assert fitting_tokens(qwen, cpu, None) == 4096
 
 
 def test_the_memory_of_a_block_is_counted_from_the_plan() -> None:
@@ -192,7 +194,7 @@ def test_the_memory_of_a_block_is_counted_from_the_plan() -> None:
     assert found.weights == 4 * sum(value.numel() for value in context.parameters.values())
     group_size = context.plan.group_size
     assert found.statistics == 4 * (3 * 64 + 96) * group_size  # blocks of H are enough here
-    assert not found.calls_count  # of a block without experts
+    assert not found.is_bound_by_calls  # of a block without experts
     gptq = block_memory(context.skeleton, context.plan, replace(context.recipe, rounding="gptq"))
     assert gptq.statistics == 4 * (3 * 64**2 + 96**2)
     assert found.with_tokens(10) - found.with_tokens(9) == 4 * (3 * 64 + (3 * 64 + 96) + (3 * 64 + 2 * 32 + 2 * 96))

@@ -17,7 +17,8 @@ from awqkit.recipe import Recipe
 _SHARE = 0.5  # of the memory that a block leaves, for a batch; the rest is for what is kept of all rows
 _EXPERTS_SHARE = 0.25  # of the free memory, for the statistics of a block's experts
 _BATCH_BYTES = 2.6e9  # beyond it a GPU computes no faster: 8192 tokens of a block with hidden states of 4096
-_TOKENS_OF_MANY_CALLS = 65536  # a GPU's batch where each expert is calls in every batch, which take longer than it
+_MANY_EXPERTS = 32  # of which each is calls in every batch, that take a GPU longer than its tokens do
+_TOKENS_OF_MANY, _BYTES_OF_MANY = 65536, 8e9  # of a batch of so many
 _METRIC_COPIES = 4  # of the widest H, beside that of the statistics: Ĥ, C, U, and one on the way to U
 _WEIGHT_COPIES = 6  # of the largest weight: scaled, codes, restored, and what a search holds of each
 
@@ -28,7 +29,7 @@ class BlockMemory:
 
     token: for each token of a batch, all inputs and outputs of linears and a few hidden states. experts: how many there
     are, of which each has `expert` of the statistics, all H; together: what is held of them where they go in chunks.
-    calls_count: whether rows are summed in one part, so that larger batches are fewer calls of each expert.
+    is_bound_by_calls: whether a GPU waits for the calls of each expert, which larger batches make fewer.
     """
 
     weights: int
@@ -38,7 +39,7 @@ class BlockMemory:
     experts: int = 0
     expert: int = 0
     together: int = 0
-    calls_count: bool = False
+    is_bound_by_calls: bool = False
 
     @property
     def fixed(self) -> int:
@@ -100,8 +101,8 @@ def _of_block(weights: int, structure: BlockStructure, recipe: Recipe, width: in
     written = sum(structure.linear(name).shape[0] for entry in met.values() for name in entry.readers)
     token = 4 * (3 * width + read + written)
     expert = sum(experts.values()) // max(len(experts), 1)
-    calls_count = bool(experts) and not recipe.looks_across_groups
-    return BlockMemory(weights, statistics, search, token, len(experts), expert, together, calls_count)
+    is_bound_by_calls = len(experts) >= _MANY_EXPERTS and not recipe.looks_across_groups
+    return BlockMemory(weights, statistics, search, token, len(experts), expert, together, is_bound_by_calls)
 
 
 def _met_by_every_token(structure: BlockStructure) -> Mapping[object, LinearInput]:
@@ -121,7 +122,8 @@ def fitting_tokens(memory: BlockMemory, device: torch.device, free: float | None
     if memory.token == 0:
         return usual
     if device.type == "cuda":
-        wanted = _TOKENS_OF_MANY_CALLS if memory.calls_count else min(usual, int(_BATCH_BYTES / memory.token))
+        most, size = (_TOKENS_OF_MANY, _BYTES_OF_MANY) if memory.is_bound_by_calls else (usual, _BATCH_BYTES)
+        wanted = min(most, int(size / memory.token))
     room = wanted if free is None else int(_SHARE * (free - memory.fixed) / memory.token)
     return 1 << max(1, min(wanted, room)).bit_length() - 1
 
