@@ -190,6 +190,18 @@ def test_batches_fit_the_recipe_that_needs_the_most_memory(monkeypatch: pytest.M
     assert found.original.tokens_per_batch == 64
 
 
+def test_rows_that_recipes_share_are_cut_for_the_one_that_looks_across_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_for, start = list[Recipe](), course_module.start_streams
+
+    def recorded(skeleton: Any, recipe: Recipe, *others: Any, **choices: Any) -> Any:
+        cut_for.append(recipe)
+        return start(skeleton, recipe, *others, **choices)
+
+    monkeypatch.setattr(course_module, "start_streams", recorded)
+    _compare(tiny_model("llama"), {name: RECIPES[name] for name in ("rtn", "fast", "gptq")})
+    assert [recipe.rounding for recipe in cut_for] == ["gptq"]
+
+
 def test_recipes_that_weigh_tokens_are_observed_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     weights: list[bool] = []
     observe = block_step.observe

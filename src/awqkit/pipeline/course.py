@@ -146,22 +146,23 @@ def _course(
     streams: dict[Kind, Streams] = {}
     num_streams = 2 * len(contenders) + 4  # calibration and evaluation rows of each, and the original's
     reserved = memory.with_tokens(tokens_per_batch)
-    recipes = [contender.recipe for contender in contenders]
-    for recipe in sorted(recipes, key=lambda each: not each.looks_across_groups):  # first who needs `own_rows`
-        if recipe.needs_calibration and kind_of(recipe) not in streams:
-            learning = rows.learning[recipe.own_text]
-            start = partial(
-                start_streams,
-                skeleton,
-                replace(recipe, propagation=0.0),  # quantized streams belong to the lanes
-                learning.calibration,
-                learning.held_out,
-                device,
-                num_streams=num_streams,
-                tokens_per_batch=tokens_per_batch,
-                reserved=reserved,
-            )
-            streams[kind_of(recipe)] = _shared_streams(start, recipe, 2 * skeleton.num_blocks - 1, clock, emit)
+    recipes = [contender.recipe for contender in contenders if contender.recipe.needs_calibration]
+    for kind in dict.fromkeys(map(kind_of, recipes)):
+        alike = [recipe for recipe in recipes if kind_of(recipe) == kind]
+        recipe = next((each for each in alike if each.looks_across_groups), alike[0])  # see `learnt_rows`
+        learning = rows.learning[recipe.own_text]
+        start = partial(
+            start_streams,
+            skeleton,
+            replace(recipe, propagation=0.0),  # quantized streams belong to the lanes
+            learning.calibration,
+            learning.held_out,
+            device,
+            num_streams=num_streams,
+            tokens_per_batch=tokens_per_batch,
+            reserved=reserved,
+        )
+        streams[kind] = _shared_streams(start, recipe, 2 * skeleton.num_blocks - 1, clock, emit)
     original = HiddenStates(
         skeleton,
         rows.evaluation,
