@@ -62,7 +62,7 @@ def _killed(args: argparse.Namespace, folder: Path, preset: str) -> dict[str, An
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            went_on.append(_blocks_kept(out))
+            went_on.append(args.blocks if out.exists() else _blocks_kept(out))
     if not out.exists():
         _seconds(_start(args, folder, preset, out))
     return {
@@ -92,7 +92,7 @@ def _seconds(process: subprocess.Popen[bytes]) -> float:
 
 
 def _blocks_kept(out: Path) -> int:
-    """How many blocks a killed run has on the disk; 0 before the first, all once it has its name."""
+    """How many blocks a killed run that is not complete has on the disk."""
     journal = out.with_name(f".{out.name}.awqkit") / "journal.json"
     return int(json.loads(journal.read_text(encoding="utf-8"))["blocks"]) if journal.exists() else 0
 
