@@ -28,7 +28,6 @@ import awqkit.api.quantize  # noqa: F401 -- what a run imports is there when it 
 from awqkit import RunOptions, quantize
 
 _LEFT_OUT = "awqkit-timings.json"
-_BEGINS = "begins"
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def _killed(args: argparse.Namespace, folder: Path, preset: str) -> dict[str, An
     while len(went_on) < args.kills and not out.exists():
         process = _start(args, folder, preset, out)
         try:
-            process.wait(timeout=draw.uniform(0.3, 0.9) * seconds[-1])
+            _seconds(process, draw.uniform(0.3, 0.9) * seconds[-1])
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -83,10 +82,10 @@ def _start(args: argparse.Namespace, folder: Path, preset: str, out: Path) -> su
     return process
 
 
-def _seconds(process: subprocess.Popen[bytes]) -> float:
-    """Until the run is done."""
+def _seconds(process: subprocess.Popen[bytes], most: float | None = None) -> float:
+    """Until the run is done. Raises TimeoutExpired after `most`, SystemExit where it failed by itself."""
     began = time.monotonic()
-    if process.wait() != 0:
+    if process.wait(most) != 0:
         raise SystemExit(f"a run ended with {process.returncode}")
     return time.monotonic() - began
 
@@ -113,7 +112,7 @@ def _task(args: argparse.Namespace, folder: Path, preset: str) -> Task:
 
 def _run(task: Task, folder: Path, out: Path, device: str) -> None:
     ids = task.ids()
-    print(_BEGINS, flush=True)
+    print("begins", flush=True)
     quantize(folder, out, task.recipe, calibration=ids, options=RunOptions(device=device, save_every=0))
 
 

@@ -50,11 +50,8 @@ def test_one_two_and_four_ranks_cut_rows_alike(count: int) -> None:
 def test_on_a_gpu_rows_are_one_part_of_each_rank_where_last_bits_of_sums_do_not_matter(size: int) -> None:
     nearest, fed_back, learning = Recipe.preset("fast"), Recipe.preset("balanced"), Recipe(propagation="auto")
     for rank in range(size):
-        own, on_cpu, on_gpu = (
-            own_rows(18, Ranks(rank, size)),
-            Ranks(rank, size),
-            Ranks(rank, size, torch.device("cuda")),
-        )
+        on_cpu, on_gpu = Ranks(rank, size), Ranks(rank, size, torch.device("cuda"))
+        own = own_rows(18, on_cpu)
         whole = replace(own, ends=own.ends[-1:])
         for recipe in (nearest, fed_back, learning):
             assert learnt_rows(18, on_cpu, recipe) == compared_rows(18, on_cpu, recipe) == own

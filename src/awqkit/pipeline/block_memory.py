@@ -114,7 +114,7 @@ def _met_by_every_token(structure: BlockStructure) -> Mapping[object, LinearInpu
 
 
 def fitting_tokens(memory: BlockMemory, device: torch.device, free: float | None) -> int:
-    """How many tokens a batch holds: as many as suit the device, or a power of two where memory is short.
+    """How many tokens a batch holds, a power of two: what suits device and block, less where memory is short.
 
     free: bytes of the device that are not in use, None where nobody knows.
     """
